@@ -1,0 +1,129 @@
+"""The vocabulary that scheduler side, worker side and engine share.
+
+A block is one KV block of one KV-cache group, over all layers of one rank. The scheduler process keeps the only
+index; it tells workers which slots to use, in arrays of operations, and workers answer with completions.
+The two numpy dtypes below mirror `kvo_op` and `kvo_completion` of csrc/kvo.h byte for byte.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+import numpy as np
+
+BlockKey = bytes
+"""vLLM's offload key: the block's hash followed by the KV-cache group index (4 bytes, big endian)."""
+
+KEY_BYTES_MAX = 40
+NO_SLOT = 0xFFFFFFFF
+
+
+class Tier(StrEnum):
+    DRAM = "dram"
+    SSD = "ssd"
+
+
+class OpKind(IntEnum):
+    COPY_OUT = 0  # KV block -> DRAM slot
+    COPY_IN = 1  # DRAM slot -> KV block
+    WRITE = 2  # DRAM slot -> SSD slot
+    READ = 3  # SSD slot -> DRAM slot
+
+
+class OpFlag(IntEnum):
+    NONE = 0
+    LINK = 1  # the next operation of the batch starts only if this one succeeded
+
+
+OP_DTYPE = np.dtype(
+    [
+        ("id", "<u8"),
+        ("generation", "<u8"),
+        ("timeout_us", "<u8"),
+        ("kv_block", "<u4"),
+        ("dram_slot", "<u4"),
+        ("ssd_slot", "<u4"),
+        ("group", "<u2"),
+        ("kind", "u1"),
+        ("flags", "u1"),
+        ("key_len", "u1"),
+        ("reserved", "u1", (7,)),
+        ("key", "u1", (KEY_BYTES_MAX,)),
+    ]
+)
+COMPLETION_DTYPE = np.dtype([("id", "<u8"), ("status", "<i4"), ("usec", "<u4")])
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where one layer's bytes of block `b` lie in the KV cache: [base + b * stride, + nbytes)."""
+
+    base: int
+    stride: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SlotFiles:
+    """One rank's slot files. Slot `s` is slot `s // len(paths)` of file `s % len(paths)`."""
+
+    paths: tuple[str, ...]
+    slot_count: int  # over all files
+    fingerprint: bytes  # 16 bytes; the namespace's digest, found in every superblock and slot header
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What one rank's engine allocates when opened; nothing is allocated later."""
+
+    payload_bytes: int  # the largest block of any group on this rank
+    dram_slots: int  # slots 0 .. dram_slots-1, addressed by the scheduler
+    spare_slots: int  # staging memory the engine uses by itself
+    max_ops: int = 4096  # operations accepted and not yet polled
+    io_depth: int = 32  # reads and writes in the drives at once
+    io_backend: str = "auto"  # "auto", "io_uring" or "threads"
+
+
+@dataclass(frozen=True)
+class Demotion:
+    """One block to be written from its DRAM slot to its SSD slot, by every rank."""
+
+    id: int
+    key: BlockKey
+    group: int
+    generation: int
+    dram_slot: int
+    ssd_slot: int
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """What the scheduler side asks of every worker in one step, beside vLLM's own load and store jobs."""
+
+    attach: tuple[SlotFiles, ...] = ()  # by rank; given once, before the first operation on an SSD slot
+    demotions: tuple[Demotion, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.attach or self.demotions)
+
+
+@dataclass
+class TransferReport:
+    """What workers tell the scheduler side in one step; reports of several ranks add up."""
+
+    demoted: dict[int, int] = field(default_factory=dict)  # demotion id -> ranks that finished it, well or not
+    failed_demotions: dict[int, int] = field(default_factory=dict)  # demotion id -> errno
+    failed_keys: set[BlockKey] = field(default_factory=set)  # blocks whose load or store failed on some rank
+    attach_error: str = ""  # why a rank could not open its slot files
+    counters: dict[tuple[str, ...], float] = field(default_factory=dict)  # (name, label values...) -> increase
+
+    def __bool__(self) -> bool:
+        return bool(self.demoted or self.failed_keys or self.attach_error or self.counters)
+
+    def add(self, other: "TransferReport") -> None:
+        for transfer, ranks in other.demoted.items():
+            self.demoted[transfer] = self.demoted.get(transfer, 0) + ranks
+        self.failed_demotions.update(other.failed_demotions)
+        self.failed_keys |= other.failed_keys
+        self.attach_error = self.attach_error or other.attach_error
+        for name, increase in other.counters.items():
+            self.counters[name] = self.counters.get(name, 0) + increase
