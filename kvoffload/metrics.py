@@ -1,0 +1,37 @@
+"""The metrics kvoffload exports, in Prometheus conventions: base units, `_total` for counters, bounded labels.
+
+Counters are kept by whoever sees the event, under (name, label values...), and travel to the process that exports
+them. vLLM registers and exports them; see kvoffload/vllm/spec.py.
+"""
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    kind: str  # "counter" or "gauge"
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = {
+    "kvoffload_capacity_bytes": Metric("gauge", "Bytes of KV blocks the tier can hold, all ranks.", ("tier",)),
+    "kvoffload_used_bytes": Metric("gauge", "Bytes of KV blocks the tier holds, all ranks.", ("tier",)),
+    "kvoffload_hit_blocks_total": Metric("counter", "Blocks loaded for requests, by the tier they were in.", ("tier",)),
+    "kvoffload_missed_blocks_total": Metric("counter", "Lookups that ended a prefix match: the block was in no tier."),
+    "kvoffload_stored_blocks_total": Metric("counter", "Blocks accepted into DRAM slots."),
+    "kvoffload_dropped_stores_total": Metric("counter", "Blocks not stored because no slot was free."),
+    "kvoffload_demotions_total": Metric("counter", "Blocks written to the SSD."),
+    "kvoffload_demotion_failures_total": Metric("counter", "Blocks that could not be written to the SSD.", ("reason",)),
+    "kvoffload_evictions_total": Metric("counter", "Blocks evicted from the tier.", ("tier",)),
+    "kvoffload_load_failures_total": Metric("counter", "Blocks that could not be loaded and were recomputed."),
+    "kvoffload_store_failures_total": Metric("counter", "Blocks that could not be copied out of the KV cache."),
+    "kvoffload_transfer_bytes_total": Metric(
+        "counter", "Payload bytes moved, all ranks.", ("direction",)
+    ),  # direction: copy_out, copy_in, write, read
+    "kvoffload_transfer_seconds_total": Metric(
+        "counter", "Sum over transfers of the time from submission to completion, all ranks.", ("direction",)
+    ),
+    "kvoffload_transfer_failures_total": Metric(
+        "counter", "Transfers that failed, all ranks, by errno name.", ("direction", "reason")
+    ),
+}

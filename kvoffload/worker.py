@@ -1,0 +1,268 @@
+"""The worker side: turns jobs of blocks into the engine's operations, and completions into results. One thread.
+
+It holds no hashes beyond the operations in flight, no index and no policy. A job is a set of blocks that vLLM waits
+for together; a demotion is the scheduler side's own and is reported by rank.
+"""
+
+import errno
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from kvoffload.errors import StoreError
+from kvoffload.types import (
+    KEY_BYTES_MAX,
+    NO_SLOT,
+    OP_DTYPE,
+    BlockKey,
+    Demotion,
+    OpFlag,
+    OpKind,
+    SlotFiles,
+    TransferPlan,
+    TransferReport,
+)
+
+logger = logging.getLogger(__name__)
+
+LOAD_TIMEOUT_S = 10.0
+STORE_TIMEOUT_S = 30.0
+DEMOTION_TIMEOUT_S = 60.0
+POLL_MAX = 1024
+
+
+class Engine(Protocol):
+    """What kvoffload.engine offers; see there."""
+
+    def attach(self, files: SlotFiles) -> None: ...
+
+    def submit(self, ops: np.ndarray, stream: int = 0) -> int: ...
+
+    def poll(self, max_completions: int = POLL_MAX) -> np.ndarray: ...
+
+    def wait(self, timeout_s: float) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Job:
+    """Blocks that are loaded or stored together. `left` counts operations without a completion."""
+
+    id: int
+    left: int
+    deadline: float
+    failed: set[BlockKey] = field(default_factory=set)
+
+
+@dataclass
+class Pending:
+    """What an operation in flight belongs to: a job, or a demotion."""
+
+    kind: OpKind
+    key: BlockKey
+    nbytes: int
+    job: Job | None = None
+    demotion: int = 0
+
+
+@dataclass
+class Batch:
+    """Operations that the engine had no room for yet."""
+
+    ops: np.ndarray
+    deadline: float
+    stream: int
+
+
+def block_ops(kind: OpKind, keys: list[BlockKey], fields: dict[str, object]) -> np.ndarray:
+    """Operations of one kind, one per key; `fields` are columns or constants of OP_DTYPE."""
+    ops = np.zeros(len(keys), OP_DTYPE)
+    ops["key_len"] = [len(key) for key in keys]
+    padded = b"".join(key.ljust(KEY_BYTES_MAX, b"\0") for key in keys)
+    ops["key"] = np.frombuffer(padded, np.uint8).reshape(len(keys), KEY_BYTES_MAX)
+    ops["kind"] = kind
+    ops["dram_slot"] = ops["ssd_slot"] = NO_SLOT
+    for name, value in fields.items():
+        ops[name] = value
+    return ops
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """The blocks of a job in order: what they are (columns of equal length) and where they lie in the KV cache."""
+
+    keys: list[BlockKey]
+    generations: np.ndarray
+    dram_slots: np.ndarray
+    ssd_slots: np.ndarray
+    kv_blocks: np.ndarray
+    groups: np.ndarray
+
+    def columns(self, chosen: np.ndarray | slice = slice(None)) -> dict[str, object]:
+        return {
+            "generation": self.generations[chosen],
+            "dram_slot": self.dram_slots[chosen],
+            "ssd_slot": self.ssd_slots[chosen],
+            "kv_block": self.kv_blocks[chosen],
+            "group": self.groups[chosen],
+        }
+
+
+class Worker:
+    """One rank's transfers. `group_bytes[g]`: bytes of a block of group g on this rank."""
+
+    def __init__(self, engine: Engine, rank: int, group_bytes: list[int]):
+        self._engine = engine
+        self._rank = rank
+        self._group_bytes = group_bytes
+        self._next_op = 0
+        self._pending: dict[int, Pending] = {}
+        self._jobs: dict[int, Job] = {}
+        self._backlog: tuple[deque[Batch], deque[Batch]] = (deque(), deque())  # loads, everything else
+        self._finished: list[tuple[int, set[BlockKey]]] = []
+        self._report = TransferReport()
+        self._counters: Counter[tuple[str, ...]] = Counter()
+
+    # -- what to do --------------------------------------------------------------------------------------------
+
+    def load(self, job_id: int, blocks: BlockList, stream: int = 0) -> None:
+        """Starts loading the blocks: from DRAM where `ssd_slots` is NO_SLOT, else from SSD, by way of the DRAM slot or,
+        where that is NO_SLOT, of the engine's spare memory."""
+        count = len(blocks.keys)
+        copies = block_ops(OpKind.COPY_IN, blocks.keys, blocks.columns())
+        reads = block_ops(OpKind.READ, blocks.keys, blocks.columns())
+        reads["flags"] = OpFlag.LINK
+        ops = np.stack([reads, copies], axis=1).reshape(2 * count)  # each READ right before its COPY_IN
+        needed = np.ones(2 * count, bool)
+        needed[::2] = blocks.ssd_slots != NO_SLOT
+        self._start(job_id, ops[needed], LOAD_TIMEOUT_S, stream)
+
+    def store(self, job_id: int, blocks: BlockList, stream: int = 0) -> None:
+        """Starts copying the blocks to their DRAM slots."""
+        self._start(job_id, block_ops(OpKind.COPY_OUT, blocks.keys, blocks.columns()), STORE_TIMEOUT_S, stream)
+
+    def refuse(self, job_id: int, keys: Collection[BlockKey]) -> None:
+        """Ends a job that cannot be carried out: all its blocks failed."""
+        self._finished.append((job_id, set(keys)))
+        self._report.failed_keys |= set(keys)
+
+    def apply(self, plan: TransferPlan) -> None:
+        """Carries out the scheduler side's own part of a step."""
+        if plan.attach:
+            try:
+                self._engine.attach(plan.attach[self._rank])
+            except StoreError as error:
+                logger.error("kvoffload: rank %d cannot use its slot files: %s", self._rank, error)
+                self._report.attach_error = f"rank {self._rank}: {error}"
+        if plan.demotions:
+            self._demote(plan.demotions)
+
+    def _demote(self, demotions: tuple[Demotion, ...]) -> None:
+        ops = block_ops(
+            OpKind.WRITE,
+            [demotion.key for demotion in demotions],
+            {name: [getattr(d, name) for d in demotions] for name in ("group", "generation", "dram_slot", "ssd_slot")},
+        )
+        for op, demotion in zip(ops, demotions, strict=True):
+            self._note(op, demotion.key, demotion=demotion.id)
+        self._backlog[1].append(Batch(ops, time.monotonic() + DEMOTION_TIMEOUT_S, 0))
+        self._push()
+
+    def _start(self, job_id: int, ops: np.ndarray, timeout_s: float, stream: int) -> None:
+        deadline = time.monotonic() + timeout_s
+        job = Job(job_id, len(ops), deadline)
+        if not len(ops):
+            self._finished.append((job_id, set()))
+            return
+        self._jobs[job_id] = job
+        for op in ops:
+            self._note(op, op["key"][: op["key_len"]].tobytes(), job)
+        is_load = ops["kind"][0] != OpKind.COPY_OUT
+        self._backlog[0 if is_load else 1].append(Batch(ops, deadline, stream))
+        self._push()
+
+    def _note(self, op: np.ndarray, key: BlockKey, job: Job | None = None, demotion: int = 0) -> None:
+        op["id"] = self._next_op
+        self._pending[self._next_op] = Pending(OpKind(op["kind"]), key, self._group_bytes[op["group"]], job, demotion)
+        self._next_op += 1
+
+    # -- what became of it -------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Takes in what the engine has completed and gives it what it has room for. Never blocks."""
+        while True:
+            done = self._engine.poll(POLL_MAX)
+            for number, status, usec in done.tolist():
+                self._complete(number, -status, usec / 1e6)
+            if len(done) < POLL_MAX:
+                break
+        self._push()
+
+    def take_finished(self) -> list[tuple[int, set[BlockKey]]]:
+        """Jobs that ended since the last call, with the keys of the blocks that failed."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def take_report(self) -> TransferReport:
+        """What the scheduler side must know since the last call."""
+        report, self._report = self._report, TransferReport()
+        report.counters, self._counters = dict(self._counters), Counter()
+        return report
+
+    def wait(self, job_ids: Collection[int]) -> None:
+        """Sleeps until these jobs ended. They end by their deadline: the engine completes every operation by then."""
+        self.poll()
+        while any(job_id in self._jobs for job_id in job_ids):
+            self._engine.wait(0.1)
+            self.poll()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _push(self) -> None:
+        """Gives the engine what waits, loads first."""
+        for batches in self._backlog:
+            while batches:
+                batch = batches[0]
+                left = batch.deadline - time.monotonic()
+                if left <= 0:
+                    batches.popleft()
+                    for number in batch.ops["id"].tolist():
+                        self._complete(number, errno.ETIMEDOUT, 0.0)
+                    continue
+                batch.ops["timeout_us"] = int(left * 1e6) or 1
+                accepted = self._engine.submit(batch.ops, batch.stream)
+                if accepted < len(batch.ops):
+                    batch.ops = batch.ops[accepted:]
+                    return
+                batches.popleft()
+
+    def _complete(self, number: int, error: int, seconds: float) -> None:
+        pending = self._pending.pop(number)
+        direction = pending.kind.name.lower()
+        if error:
+            if error != errno.ECANCELED:
+                reason = errno.errorcode.get(error, str(error))
+                self._counters["kvoffload_transfer_failures_total", direction, reason] += 1
+        else:
+            self._counters["kvoffload_transfer_bytes_total", direction] += pending.nbytes
+            self._counters["kvoffload_transfer_seconds_total", direction] += seconds
+        job = pending.job
+        if job is None:
+            self._report.demoted[pending.demotion] = 1
+            if error:
+                self._report.failed_demotions[pending.demotion] = error
+            return
+        job.left -= 1
+        if error:
+            job.failed.add(pending.key)
+        if not job.left:
+            del self._jobs[job.id]
+            self._report.failed_keys |= job.failed
+            self._finished.append((job.id, job.failed))

@@ -1,0 +1,239 @@
+"""A simulated world for the block manager: workers with memory, disks, delays, reordering and faults, but no engine.
+
+Every byte string is unique to one store of one block, so a load that delivers anything but what that store put there
+is seen. Workers keep the engine's contract (csrc/kvo.h) and refuse what its caller must not do.
+"""
+
+import errno
+import random
+from dataclasses import dataclass
+
+from kvoffload.manager import BlockManager, Placement
+from kvoffload.types import NO_SLOT, BlockKey
+
+
+class MemoryJournal:
+    """What the store would recover after a kill -9 right now."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[BlockKey, tuple[int, int, int]] = {}  # key -> slot, generation, group; oldest first
+        self._generation = 0
+
+    def put(self, key, slot, generation, group):
+        self.blocks = {k: v for k, v in self.blocks.items() if v[0] != slot and k != key}
+        self.blocks[key] = (slot, generation, group)
+
+    def delete(self, key):
+        self.blocks.pop(key, None)
+
+    def touch(self, keys):
+        for key in keys:
+            if key in self.blocks:
+                self.blocks[key] = self.blocks.pop(key)
+
+    def clear(self):
+        self.blocks.clear()
+
+    def next_generation(self):
+        self._generation += 1
+        return self._generation
+
+
+@dataclass
+class Action:
+    """One rank's share of an operation, to be done at a moment of the world's choosing."""
+
+    kind: str  # "store", "load", "demote"
+    place: Placement
+    owner: object  # request or demotion id
+
+
+class SimWorker:
+    def __init__(self, rng: random.Random, fault_rate: float):
+        self.rng, self.fault_rate = rng, fault_rate
+        self.dram: dict[int, tuple[BlockKey, int, bytes]] = {}
+        self.ssd: dict[int, tuple[BlockKey, int, bytes]] = {}
+        self.waiting: list[Action] = []
+        self._targets: set[tuple[str, int]] = set()
+
+    def begin(self, action: Action) -> None:
+        for target in self._fills(action):
+            assert target not in self._targets, f"{target} is filled by two operations at once"
+            self._targets.add(target)
+        self.waiting.append(action)
+
+    def _fills(self, action: Action) -> list[tuple[str, int]]:
+        place = action.place
+        if action.kind == "demote":
+            return [("ssd", place.ssd_slot)]
+        if place.dram_slot == NO_SLOT or (action.kind == "load" and place.ssd_slot == NO_SLOT):
+            return []
+        return [("dram", place.dram_slot)]
+
+    def finish_one(self, content: bytes) -> tuple[Action, int, bytes]:
+        """Does one waiting action, any of them: action, errno, bytes delivered."""
+        action = self.waiting.pop(self.rng.randrange(len(self.waiting)))
+        self._targets.difference_update(self._fills(action))
+        fault = self.rng.random() < self.fault_rate
+        return action, *getattr(self, "_" + action.kind)(action.place, content, fault)
+
+    def _store(self, place: Placement, content: bytes, fault: bool) -> tuple[int, bytes]:
+        if fault:
+            self.dram.pop(place.dram_slot, None)
+            return errno.EIO, b""
+        self.dram[place.dram_slot] = (place.key, place.generation, content)
+        return 0, b""
+
+    def _demote(self, place: Placement, content: bytes, fault: bool) -> tuple[int, bytes]:
+        held = self.dram.get(place.dram_slot)
+        if held is None or held[:2] != (place.key, place.generation):
+            raise AssertionError("a demotion found another block in its DRAM slot")
+        if fault:
+            if self.rng.random() < 0.5:
+                self.ssd[place.ssd_slot] = (place.key, 0, b"torn")
+            return self.rng.choice([errno.EIO, errno.ENOSPC]), b""
+        self.ssd[place.ssd_slot] = held
+        return 0, b""
+
+    def _load(self, place: Placement, content: bytes, fault: bool) -> tuple[int, bytes]:
+        if fault:
+            return errno.EIO, b""
+        source = self.dram.get(place.dram_slot) if place.ssd_slot == NO_SLOT else self.ssd.get(place.ssd_slot)
+        if source is None or source[:2] != (place.key, place.generation):
+            return errno.EBADMSG, b""
+        if place.ssd_slot != NO_SLOT and place.dram_slot != NO_SLOT:
+            self.dram[place.dram_slot] = source
+        return 0, source[2]
+
+
+@dataclass
+class Job:
+    kind: str
+    keys: list[BlockKey]
+    acks: int
+    failed: set[BlockKey]
+    left: int
+
+
+class World:
+    """Drives manager and workers through random steps. `errors` says whether a load may fail at all."""
+
+    def __init__(self, seed: int, ranks: int, dram: int, ssd: int, *, tier: bool = True, fault_rate: float = 0.0):
+        self.rng = random.Random(seed)
+        self.now = 0.0
+        self.ranks, self.fault_rate = ranks, fault_rate
+        self.journal = MemoryJournal()
+        self.manager = BlockManager(dram, ssd, ranks, self.journal, dram_is_tier=tier, clock=lambda: self.now)
+        self.workers = [SimWorker(self.rng, fault_rate) for _ in range(ranks)]
+        self.contents: dict[tuple[BlockKey, int, int], bytes] = {}  # key, generation, rank -> stored bytes
+        self.jobs: dict[str, Job] = {}
+        self.demotions: dict[int, Placement] = {}
+        self.delivered = self.failed_loads = 0
+        self._names = 0
+        self._prefixes = self._grow_prefixes()
+
+    def _grow_prefixes(self) -> list[list[BlockKey]]:
+        """Requests that share prefixes, as conversations do."""
+        prefixes: list[list[BlockKey]] = []
+        for number in range(30):
+            base = self.rng.choice(prefixes) if prefixes and self.rng.random() < 0.7 else []
+            head = base[: self.rng.randint(0, len(base))]
+            tail = [b"%03d.%02d" % (number, i) for i in range(self.rng.randint(1, 12))]
+            prefixes.append(head + tail)
+        return prefixes
+
+    def step(self) -> None:
+        """One scheduler step: some requests look up, load and store; some work of the workers comes back."""
+        self.now += self.rng.random()
+        stores = []
+        for _ in range(self.rng.randint(0, 3)):
+            self._names += 1
+            stores.append((f"r{self._names}", self._request(f"r{self._names}")))
+        self.manager.end_step()
+        for demotion in self.manager.plan():
+            place = Placement(demotion.key, demotion.generation, demotion.dram_slot, demotion.ssd_slot)
+            self.demotions[demotion.id] = place
+            self._begin("demote", [place], demotion.id)
+        for name, keys in stores:
+            self._store(name, keys)
+        self.manager.check()
+        for _ in range(self.rng.randint(0, 3 * self.ranks)):
+            self.finish_one()
+        self.manager.check()
+
+    def _request(self, name: str) -> list[BlockKey]:
+        keys = self.rng.choice(self._prefixes)
+        hits = 0
+        while hits < len(keys) and self.manager.lookup(keys[hits]) is not None:
+            hits += 1
+        if hits and self.rng.random() < 0.8:
+            loaded = keys[: self.rng.randint(1, hits)]
+            places = self.manager.load(loaded, name)
+            self.jobs[name] = Job("load", loaded, 0, set(), len(places) * self.ranks)
+            self._begin("load", places, name)
+        self.manager.touch(keys)
+        return keys
+
+    def _store(self, name: str, keys: list[BlockKey]) -> None:
+        places = self.manager.store([(key, 0) for key in keys])
+        if not places:
+            return
+        name += " store"
+        self.jobs[name] = Job("store", [place.key for place in places], 0, set(), len(places) * self.ranks)
+        self._begin("store", places, name)
+
+    def _begin(self, kind: str, places: list[Placement], owner: object) -> None:
+        for worker in self.workers:
+            for place in places:
+                worker.begin(Action(kind, place, owner))
+
+    def finish_one(self) -> bool:
+        """Lets one rank finish one action; False when nobody has anything to do."""
+        busy = [rank for rank, worker in enumerate(self.workers) if worker.waiting]
+        if not busy:
+            return False
+        rank = self.rng.choice(busy)
+        fresh = self.rng.randbytes(8)
+        action, error, data = self.workers[rank].finish_one(fresh)
+        place = action.place
+        identity = (place.key, place.generation, rank)
+        if action.kind == "demote":
+            self.manager.ack(action.owner, 1, error)
+            return True
+        if action.kind == "store" and not error:
+            self.contents[identity] = fresh
+        if action.kind == "load" and not error:
+            assert data == self.contents[identity], f"wrong bytes for {place}"
+            self.delivered += 1
+        if action.kind == "load" and error:
+            assert self.fault_rate, f"a load failed with errno {error} in a world without faults: {place}"
+            self.failed_loads += 1
+        self._account(action, error)
+        return True
+
+    def _account(self, action: Action, error: int) -> None:
+        job = self.jobs[action.owner]
+        job.left -= 1
+        if error:
+            job.failed.add(action.place.key)
+        if job.left:
+            return
+        del self.jobs[action.owner]
+        if job.kind == "load":
+            self.manager.load_done(job.keys, action.owner, job.failed)
+        else:
+            self.manager.store_done(job.keys, job.failed)
+
+    def drain(self) -> None:
+        """Until no operation is in flight and nothing more is planned."""
+        while True:
+            while self.finish_one():
+                pass
+            self.now += 100.0  # past any pause
+            self.manager.end_step()
+            demotions = self.manager.plan()
+            for demotion in demotions:
+                place = Placement(demotion.key, demotion.generation, demotion.dram_slot, demotion.ssd_slot)
+                self._begin("demote", [place], demotion.id)
+            if not demotions:
+                return
