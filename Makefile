@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine with Python >= 3.11 and a C compiler: `make demo` and `make test`.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test fast e2e bench lint clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+setup: ## make .venv, install the pinned versions, build the C engine
+	@test -n "$(PYTHON)" || { echo "kvoffload needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) tools/bootstrap.py
+
+demo: setup ## serve a small model with vLLM + kvoffload; show what each tier saves
+	@$(BIN)/python examples/demo.py
+
+test: setup ## every test, a real vLLM included (up to 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest $(ARGS)
+
+fast: setup ## the tests that start no vLLM
+	@$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+
+e2e: setup ## the tests on a real vLLM only
+	@$(BIN)/python -m pytest -m e2e $(ARGS)
+
+bench: setup ## the benchmarks
+	@$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
+
+lint: setup ## style
+	@$(BIN)/ruff check .
+
+clean: ## remove what the build made (.venv stays)
+	rm -rf build dist *.egg-info kvoffload/engine/_core*.so .pytest_cache .benchmarks .hypothesis

