@@ -1,0 +1,234 @@
+import errno
+
+import pytest
+
+from kvoffload.manager import PAUSE_MIN_S, BlockManager
+from kvoffload.types import NO_SLOT, Tier
+from tests.manager.world import MemoryJournal
+
+
+def keys(*names: str) -> list[bytes]:
+    return [name.encode() for name in names]
+
+
+def prefix(name: str, length: int) -> list[bytes]:
+    return [f"{name}{number}".encode() for number in range(length)]
+
+
+class Books:
+    """A block manager whose workers do everything at once and well, unless a test says otherwise."""
+
+    def __init__(self, dram: int, ssd: int, ranks: int = 1, tier: bool = True):
+        self.now = 0.0
+        self.journal = MemoryJournal()
+        self.manager = BlockManager(dram, ssd, ranks, self.journal, dram_is_tier=tier, clock=lambda: self.now)
+
+    def store(self, blocks: list[bytes]) -> list[bytes]:
+        stored = [place.key for place in self.manager.store([(key, 0) for key in blocks])]
+        self.manager.store_done(stored)
+        self.manager.check()
+        return stored
+
+    def demote(self, error: int = 0) -> list[bytes]:
+        demotions = self.manager.plan()
+        for demotion in demotions:
+            self.manager.ack(demotion.id, self.manager.ranks, error)
+        self.manager.check()
+        return [demotion.key for demotion in demotions]
+
+    def tiers(self, blocks: list[bytes]) -> list[Tier | None]:
+        return [self.manager.tier(key) for key in blocks]
+
+
+def test_a_stored_block_is_found_in_dram_and_then_on_ssd_too():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    assert books.demote() == prefix("a", 4)
+    books.store(prefix("b", 4))  # every DRAM copy of a is clean, so it may go
+    assert books.tiers(prefix("a", 4)) == [Tier.SSD] * 4
+    assert books.tiers(prefix("b", 4)) == [Tier.DRAM] * 4
+
+
+def test_store_is_dropped_when_every_slot_is_dirty():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    assert books.store(prefix("b", 2)) == []
+    assert books.manager.counters["kvoffload_dropped_stores_total",] == 2
+
+
+def test_store_is_dropped_when_every_slot_is_promised_to_a_lookup():
+    books = Books(dram=4, ssd=0)
+    books.store(prefix("a", 4))
+    for key in prefix("a", 4):
+        books.manager.lookup(key)
+    assert books.store(prefix("b", 1)) == []
+    books.manager.end_step()
+    assert books.store(prefix("b", 1)) == prefix("b", 1)
+
+
+def test_a_block_that_is_being_loaded_is_not_evicted():
+    books = Books(dram=4, ssd=0)
+    books.store(prefix("a", 4))
+    books.manager.lookup(b"a3")
+    books.manager.load([b"a3"], "r")
+    books.manager.end_step()
+    books.store(prefix("b", 4))
+    assert books.manager.tier(b"a3") is Tier.DRAM
+    books.manager.load_done([b"a3"], "r")
+    books.store(prefix("c", 4))
+    assert books.manager.tier(b"a3") is None
+
+
+def test_the_tail_of_a_prefix_is_evicted_before_its_head():
+    books = Books(dram=6, ssd=0)
+    books.store(prefix("a", 6))
+    books.store(prefix("b", 2))
+    assert books.tiers(prefix("a", 6)) == [Tier.DRAM] * 4 + [None] * 2
+
+
+def test_touching_a_request_keeps_its_head_longest():
+    books = Books(dram=6, ssd=0)
+    books.store(prefix("a", 3))
+    books.store(prefix("b", 3))
+    books.manager.touch(prefix("a", 3))
+    books.store(prefix("c", 4))
+    assert books.tiers(prefix("b", 3)) == [None] * 3
+    assert books.tiers(prefix("a", 3)) == [Tier.DRAM, Tier.DRAM, None]
+
+
+def test_a_hit_on_ssd_moves_into_dram():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    books.demote()
+    books.store(prefix("b", 4))
+    books.demote()
+    assert books.manager.lookup(b"a0") is Tier.SSD
+    (place,) = books.manager.load([b"a0"], "r")
+    assert place.dram_slot != NO_SLOT and place.ssd_slot != NO_SLOT
+    assert books.manager.tier(b"a0") is Tier.SSD  # until it has arrived
+    books.manager.load_done([b"a0"], "r")
+    assert books.manager.tier(b"a0") is Tier.DRAM
+
+
+def test_a_second_load_of_a_block_on_its_way_to_dram_reads_the_ssd_by_itself():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 1))
+    books.demote()
+    books.store(prefix("b", 4))
+    books.demote()
+    books.manager.lookup(b"a0")
+    (first,) = books.manager.load([b"a0"], "r1")
+    (second,) = books.manager.load([b"a0"], "r2")
+    assert first.dram_slot != NO_SLOT and second == first._replace(dram_slot=NO_SLOT)
+    books.manager.load_done([b"a0"], "r2")
+    assert books.manager.tier(b"a0") is Tier.SSD
+    books.manager.load_done([b"a0"], "r1")
+    books.manager.check()
+
+
+def test_a_load_passes_through_spare_memory_when_dram_is_dirty():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    books.demote()
+    books.store(prefix("b", 4))
+    books.manager.lookup(b"a0")
+    (place,) = books.manager.load([b"a0"], "r")
+    assert place.dram_slot == NO_SLOT
+
+
+def test_a_failed_load_forgets_the_block_in_both_tiers():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 2))
+    books.demote()
+    books.manager.lookup(b"a0")
+    books.manager.load(prefix("a", 2), "r")
+    books.manager.load_done(prefix("a", 2), "r", failed={b"a0"})
+    books.manager.check()
+    assert books.tiers(prefix("a", 2)) == [None, Tier.DRAM]
+    assert list(books.journal.blocks) == [b"a1"]
+    assert books.store([b"a0"]) == [b"a0"]
+
+
+def test_a_failed_store_leaves_nothing_behind():
+    books = Books(dram=4, ssd=8)
+    placed = books.manager.store([(key, 0) for key in prefix("a", 2)])
+    books.manager.store_done([place.key for place in placed], failed={b"a1"})
+    assert books.tiers(prefix("a", 2)) == [Tier.DRAM, None]
+    assert books.demote() == [b"a0"]
+
+
+def test_a_demotion_counts_only_when_every_rank_acknowledged_it():
+    books = Books(dram=4, ssd=8, ranks=3)
+    books.store([b"a"])
+    (demotion,) = books.manager.plan()
+    books.manager.ack(demotion.id, 2)
+    assert not books.journal.blocks
+    books.manager.ack(demotion.id, 1)
+    assert list(books.journal.blocks) == [b"a"]
+
+
+def test_one_rank_failing_a_demotion_fails_it():
+    books = Books(dram=4, ssd=8, ranks=2)
+    books.store([b"a"])
+    (demotion,) = books.manager.plan()
+    books.manager.ack(demotion.id, 1, errno.EIO)
+    books.manager.ack(demotion.id, 1)
+    assert not books.journal.blocks
+    assert books.manager.tier(b"a") is Tier.DRAM
+    books.manager.check()
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.ETIMEDOUT])
+def test_writes_pause_after_a_failure_and_are_tried_again(error):
+    books = Books(dram=4, ssd=8)
+    books.store([b"a"])
+    assert books.demote(error) == [b"a"]
+    assert not books.manager.pending()
+    assert books.demote() == []
+    books.now += PAUSE_MIN_S
+    assert books.manager.pending()
+    assert books.demote() == [b"a"]
+
+
+def test_dirty_blocks_may_be_evicted_while_writes_pause():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    books.demote(errno.EIO)
+    assert books.store(prefix("b", 2)) == prefix("b", 2)
+
+
+def test_bounce_slots_are_free_again_once_the_block_is_on_ssd():
+    books = Books(dram=4, ssd=8, tier=False)
+    books.store(prefix("a", 4))
+    assert books.tiers(prefix("a", 4)) == [None] * 4
+    books.demote()
+    assert books.tiers(prefix("a", 4)) == [Tier.SSD] * 4
+    assert books.manager.usage()[Tier.DRAM] == (0, 4)
+    books.manager.lookup(b"a0")
+    (place,) = books.manager.load([b"a0"], "r")
+    assert place.dram_slot == NO_SLOT
+
+
+def test_a_block_the_ssd_lost_to_a_younger_one_is_not_written_again():
+    books = Books(dram=8, ssd=4)
+    books.store(prefix("a", 4))
+    books.demote()
+    books.store(prefix("b", 4))
+    assert books.demote() == prefix("b", 4)
+    assert books.demote() == []
+    assert books.tiers(prefix("a", 4)) == [Tier.DRAM] * 4
+    assert not books.manager.pending()
+
+
+def test_without_the_ssd_its_blocks_are_forgotten_and_dram_goes_on():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    books.demote()
+    books.store(prefix("b", 2))
+    books.manager.disable_ssd()
+    books.manager.check()
+    assert books.tiers(prefix("a", 4)) == [None] * 4
+    assert books.tiers(prefix("b", 2)) == [Tier.DRAM] * 2
+    assert books.store(prefix("c", 4)) == prefix("c", 4)
+    assert books.demote() == []
+    assert not books.manager.pending()
