@@ -8,7 +8,7 @@ import errno
 import random
 from dataclasses import dataclass
 
-from kvoffload.manager import BlockManager, Placement
+from kvoffload.manager import BlockManager, Placement, State
 from kvoffload.types import NO_SLOT, BlockKey
 
 
@@ -156,10 +156,16 @@ class World:
             self._begin("demote", [place], demotion.id)
         for name, keys in stores:
             self._store(name, keys)
-        self.manager.check()
+        self.check()
         for _ in range(self.rng.randint(0, 3 * self.ranks)):
             self.finish_one()
+        self.check()
+
+    def check(self) -> None:
+        """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else."""
         self.manager.check()
+        on_ssd = {key for key, block in self.manager._blocks.items() if block.ssd is State.READY}
+        assert set(self.journal.blocks) == on_ssd
 
     def _request(self, name: str) -> list[BlockKey]:
         keys = self.rng.choice(self._prefixes)
