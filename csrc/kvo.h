@@ -49,9 +49,9 @@ typedef struct {
  *
  * KVO_LINK: the next operation of the same batch starts only if this one succeeded, else it completes with
  * -ECANCELED. Only READ may be linked, and only to a COPY_IN. In such a pair dram_slot may be KVO_NO_SLOT in both:
- * the block then passes through staging memory of the engine's own.
+ * the block then passes through staging memory of the engine's own. A pair's READ ends by the earlier timeout of the two.
  *
- * A block that lands in a DRAM slot (COPY_OUT, READ) replaces what was there only when the operation succeeds.
+ * A COPY_OUT or READ that fails leaves its DRAM slot with what it held before or with nothing, never with a part.
  * Operations of different chains run in any order, loads (READ, COPY_IN) before COPY_OUT before WRITE.
  * REQUIRES: the caller does not name a DRAM slot or an SSD slot as a target while an operation on it is not complete.
  */
@@ -97,7 +97,7 @@ typedef struct {
     uint64_t ops[4], failed[4], bytes[4], usec[4]; /* per kind: completed well, completed badly, payload bytes, sum of times */
     uint64_t queued, in_flight;                    /* now */
     uint64_t abandoned;                            /* timed out while the kernel still works on them, now */
-    uint64_t arena_bytes, huge_bytes;              /* mapped; of these on huge pages as far as touched */
+    uint64_t arena_bytes, huge_bytes;              /* mapped; of these on huge pages when kvo_describe last looked */
 } kvo_stats_t;
 
 typedef struct kvo_engine kvo_engine;
@@ -105,7 +105,7 @@ typedef struct kvo_engine kvo_engine;
 /* Opens an engine: maps the arena, starts its threads, probes io_uring. 0 or -errno with one sentence in err. */
 int kvo_open(kvo_engine **engine, const kvo_options *options, char err[KVO_ERR_BYTES]);
 
-/* Tells where the KV cache lies. regions of group g: regions[first[g] .. first[g + 1]). Once, before the first copy.
+/* Tells where the KV cache lies. regions of group g: regions[first[g] .. first[g + 1]). Once, before the first submit.
  * The sum of a group's region bytes must not exceed payload_bytes. 0 or -EINVAL with a sentence in err. */
 int kvo_bind(kvo_engine *engine, const kvo_region *regions, const uint32_t *first, uint32_t groups, char err[KVO_ERR_BYTES]);
 

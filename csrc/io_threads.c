@@ -1,0 +1,142 @@
+/* io_threads.c - the drives by pread, pwrite and fallocate on a pool of threads: for kernels, containers and sandboxes
+ * that offer no io_uring. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "internal.h"
+#include "io.h"
+
+#define THREADS_MAX 64u
+#define STACK_BYTES (256u << 10)
+
+typedef struct {
+    kvo_io *first, **end;
+} io_list;
+
+typedef struct {
+    kvo_drives face;
+    int kick_fd;
+    pthread_mutex_t lock;
+    pthread_cond_t work;
+    io_list todo, done;
+    bool stop;
+    uint32_t threads;
+    pthread_t thread[THREADS_MAX];
+} io_pool;
+
+static void append(io_list *list, kvo_io *io) {
+    io->next = NULL;
+    *list->end = io;
+    list->end = &io->next;
+}
+
+static kvo_io *take(io_list *list) {
+    kvo_io *io = list->first;
+    if (io == NULL) return NULL;
+    list->first = io->next;
+    if (list->first == NULL) list->end = &list->first;
+    return io;
+}
+
+bool kvo_io_advance(kvo_io *io, int64_t outcome) {
+    if (outcome == -EINTR || outcome == -EAGAIN) return false;
+    io->result = outcome < 0 ? (int32_t)outcome : 0;
+    if (outcome < 0 || io->kind == KVO_IO_ALLOCATE) return true;
+    io->done += (uint64_t)outcome;
+    if (io->done >= io->bytes) return true;
+    /* Direct I/O continues at aligned places only; less than that is the end of the file, or of the device. */
+    if ((uint64_t)outcome < KVO_ALIGNMENT || outcome % KVO_ALIGNMENT != 0) {
+        io->result = io->kind == KVO_IO_READ ? -ENODATA : -EIO;
+        return true;
+    }
+    return false;
+}
+
+static int64_t transfer(const kvo_io *io) {
+    int64_t outcome;
+    off_t at = (off_t)(io->offset + io->done);
+    if (io->kind == KVO_IO_READ) outcome = pread(io->fd, io->buffer + io->done, io->bytes - io->done, at);
+    else if (io->kind == KVO_IO_WRITE) outcome = pwrite(io->fd, io->buffer + io->done, io->bytes - io->done, at);
+    else outcome = fallocate(io->fd, 0, at, (off_t)io->bytes);
+    return outcome < 0 ? -errno : outcome;
+}
+
+static void *work(void *argument) {
+    io_pool *pool = argument;
+    pthread_mutex_lock(&pool->lock);
+    while (!pool->stop) {
+        kvo_io *io = take(&pool->todo);
+        if (io == NULL) {
+            pthread_cond_wait(&pool->work, &pool->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&pool->lock);
+        while (!kvo_io_advance(io, transfer(io))) continue;
+        pthread_mutex_lock(&pool->lock);
+        bool first = pool->done.first == NULL;
+        append(&pool->done, io);
+        if (first) eventfd_write(pool->kick_fd, 1);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+static void pool_start(kvo_drives *self, kvo_io *io) {
+    io_pool *pool = (io_pool *)self;
+    pthread_mutex_lock(&pool->lock);
+    append(&pool->todo, io);
+    pthread_cond_signal(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static bool pool_flush(kvo_drives *self) {
+    (void)self; /* started is on its way */
+    return true;
+}
+
+static kvo_io *pool_reap(kvo_drives *self) {
+    io_pool *pool = (io_pool *)self;
+    pthread_mutex_lock(&pool->lock);
+    kvo_io *io = take(&pool->done);
+    pthread_mutex_unlock(&pool->lock);
+    return io;
+}
+
+static void pool_close(kvo_drives *self) {
+    io_pool *pool = (io_pool *)self;
+    pthread_mutex_lock(&pool->lock);
+    pool->stop = true;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    for (uint32_t i = 0; i < pool->threads; i++) pthread_join(pool->thread[i], NULL);
+    pthread_cond_destroy(&pool->work);
+    pthread_mutex_destroy(&pool->lock);
+    free(pool);
+}
+
+kvo_drives *kvo_io_threads_open(uint32_t depth, int kick_fd) {
+    io_pool *pool = calloc(1, sizeof *pool);
+    if (pool == NULL) return NULL;
+    pool->face = (kvo_drives){.name = "threads", .start = pool_start, .flush = pool_flush, .reap = pool_reap, .close = pool_close};
+    pool->kick_fd = kick_fd;
+    pool->todo.end = &pool->todo.first;
+    pool->done.end = &pool->done.first;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->work, NULL);
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, STACK_BYTES);
+    uint32_t wanted = depth < THREADS_MAX ? depth : THREADS_MAX;
+    while (pool->threads < wanted && pthread_create(&pool->thread[pool->threads], &small, work, pool) == 0) pool->threads++;
+    pthread_attr_destroy(&small);
+    if (pool->threads == 0) {
+        pool_close(&pool->face);
+        return NULL;
+    }
+    return &pool->face;
+}

@@ -1,0 +1,172 @@
+/* slotfile.c - the format on the medium: superblock, slot header, and opening a file of slots. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the format is little endian and these structures are written as they lie in memory"
+#endif
+
+typedef struct {
+    char magic[8];
+    uint32_t version;
+    uint32_t ssd_slot; /* over all files, so that a slot copied to another place is recognised */
+    uint64_t generation;
+    uint64_t bytes;
+    uint8_t fingerprint[KVO_FINGERPRINT_BYTES];
+    uint8_t key_len;
+    uint8_t zero0[7];
+    uint8_t key[KVO_KEY_BYTES];
+    uint64_t payload_checksum;
+    uint8_t zero1[16];
+    uint64_t header_checksum; /* of everything before it */
+} slot_header;
+_Static_assert(sizeof(slot_header) == 128, "slot header");
+_Static_assert(offsetof(slot_header, payload_checksum) == 96, "slot header");
+_Static_assert(offsetof(slot_header, header_checksum) == 120, "slot header");
+
+typedef struct {
+    char magic[8];
+    uint32_t version;
+    uint32_t rank, ranks;
+    uint32_t path_index, path_count;
+    uint32_t zero;
+    uint64_t payload_bytes;
+    uint8_t fingerprint[KVO_FINGERPRINT_BYTES];
+    uint64_t checksum; /* of everything before it */
+} superblock;
+_Static_assert(sizeof(superblock) == 64, "superblock");
+
+static slot_header header_of(const kvo_block *block, uint32_t ssd_slot, const uint8_t *fingerprint) {
+    slot_header header = {.magic = {'K', 'V', 'O', 'S', 'L', 'O', 'T', '1'},
+                          .version = KVO_FORMAT_VERSION,
+                          .ssd_slot = ssd_slot,
+                          .generation = block->generation,
+                          .bytes = block->bytes,
+                          .key_len = block->key_len};
+    memcpy(header.fingerprint, fingerprint, sizeof header.fingerprint);
+    memcpy(header.key, block->key, sizeof header.key);
+    return header;
+}
+
+static void sum_header(slot_header *header, const uint8_t *payload) {
+    header->payload_checksum = kvo_checksum(payload, header->bytes);
+    header->header_checksum = kvo_checksum(header, offsetof(slot_header, header_checksum));
+}
+
+void kvo_slot_seal(uint8_t *slot, const kvo_block *block, uint32_t ssd_slot, const uint8_t *fingerprint) {
+    slot_header header = header_of(block, ssd_slot, fingerprint);
+    sum_header(&header, slot + KVO_HEADER_BYTES);
+    memset(slot, 0, KVO_HEADER_BYTES);
+    memcpy(slot, &header, sizeof header);
+    uint64_t end = KVO_HEADER_BYTES + block->bytes;
+    memset(slot + end, 0, kvo_round_up(end, KVO_ALIGNMENT) - end);
+}
+
+bool kvo_slot_verify(const uint8_t *slot, const kvo_block *block, uint32_t ssd_slot, const uint8_t *fingerprint) {
+    /* Everything a right header says is known before, so the test is equality. */
+    slot_header right = header_of(block, ssd_slot, fingerprint);
+    if (memcmp(slot, &right, offsetof(slot_header, payload_checksum)) != 0) return false;
+    sum_header(&right, slot + KVO_HEADER_BYTES);
+    return memcmp(slot, &right, sizeof right) == 0;
+}
+
+/* A refusal: names the file, what is wrong with it, and what helps. */
+static int refuse(char err[KVO_ERR_BYTES], int error, const char *path, const char *what) {
+    snprintf(err, KVO_ERR_BYTES, "slot file %s: %s", path, what);
+    return -error;
+}
+
+static int check_superblock(const superblock *found, const char *path, const kvo_expected *expected,
+                            char err[KVO_ERR_BYTES]) {
+    char what[160];
+    if (memcmp(found->magic, "KVOFILE1", sizeof found->magic) != 0)
+        return refuse(err, EINVAL, path, "found no superblock, expected one that begins with KVOFILE1");
+    if (found->checksum != kvo_checksum(found, offsetof(superblock, checksum)))
+        return refuse(err, EINVAL, path, "found a damaged superblock, expected a matching checksum");
+    if (found->version != KVO_FORMAT_VERSION) {
+        snprintf(what, sizeof what, "found format version %u, expected %d", found->version, KVO_FORMAT_VERSION);
+        return refuse(err, EINVAL, path, what);
+    }
+    if (memcmp(found->fingerprint, expected->fingerprint, KVO_FINGERPRINT_BYTES) != 0)
+        return refuse(err, EINVAL, path, "found another namespace's fingerprint, expected this model and layout's");
+    if (found->payload_bytes != expected->payload_bytes) {
+        snprintf(what, sizeof what, "found slots of %llu payload bytes, expected %llu",
+                 (unsigned long long)found->payload_bytes, (unsigned long long)expected->payload_bytes);
+        return refuse(err, EINVAL, path, what);
+    }
+    if (found->path_index != expected->path_index || found->path_count != expected->path_count) {
+        snprintf(what, sizeof what, "found file %u of %u, expected file %u of %u", found->path_index, found->path_count,
+                 expected->path_index, expected->path_count);
+        return refuse(err, EINVAL, path, what);
+    }
+    return 0;
+}
+
+static int open_flags(int fd, int extra) {
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | extra) != 0) return errno;
+    return 0;
+}
+
+/* Reads the superblock with direct I/O and writes the same bytes back; some file systems accept the flag and then
+ * refuse the transfer. Returns 0, or the errno of the refusal with the file back in buffered mode. */
+static int probe_direct(int fd, void *page) {
+    int error = open_flags(fd, O_DIRECT);
+    if (error != 0) return error;
+    errno = 0; /* a short transfer sets none */
+    if (pread(fd, page, KVO_SUPERBLOCK_BYTES, 0) == KVO_SUPERBLOCK_BYTES &&
+        pwrite(fd, page, KVO_SUPERBLOCK_BYTES, 0) == KVO_SUPERBLOCK_BYTES)
+        return 0;
+    error = errno != 0 ? errno : EIO;
+    int flags = fcntl(fd, F_GETFL);
+    if (flags >= 0) fcntl(fd, F_SETFL, flags & ~O_DIRECT);
+    return error;
+}
+
+static int check_and_probe(kvo_file *file, void *page, const kvo_expected *expected, char err[KVO_ERR_BYTES]) {
+    struct stat found;
+    if (fstat(file->fd, &found) != 0) return refuse(err, errno, file->path, strerror(errno));
+    if (!S_ISREG(found.st_mode)) return refuse(err, EINVAL, file->path, "found no regular file, expected a slot file");
+    ssize_t got = pread(file->fd, page, KVO_SUPERBLOCK_BYTES, 0);
+    if (got < 0) return refuse(err, errno, file->path, strerror(errno));
+    if (got != KVO_SUPERBLOCK_BYTES)
+        return refuse(err, EINVAL, file->path, "found less than a superblock, expected 4096 bytes");
+    int status = check_superblock(page, file->path, expected, err);
+    if (status != 0) return status;
+    uint64_t slots = ((uint64_t)found.st_size - KVO_SUPERBLOCK_BYTES) / file->slot_bytes;
+    file->allocated = slots < file->slots ? (uint32_t)slots : file->slots;
+    file->direct_error = probe_direct(file->fd, page);
+    file->direct = file->direct_error == 0;
+    return 0;
+}
+
+int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots, char err[KVO_ERR_BYTES]) {
+    *file = (kvo_file){.fd = -1, .slots = slots};
+    file->slot_bytes = kvo_round_up(KVO_HEADER_BYTES + expected->payload_bytes, KVO_ALIGNMENT);
+    file->path = strdup(path);
+    void *page = aligned_alloc(KVO_ALIGNMENT, KVO_SUPERBLOCK_BYTES);
+    int status = file->path == NULL || page == NULL ? refuse(err, ENOMEM, path, strerror(ENOMEM)) : 0;
+    if (status == 0) {
+        file->fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+        if (file->fd < 0)
+            status = refuse(err, errno, path, errno == ELOOP ? "found a symbolic link, expected a slot file" : strerror(errno));
+    }
+    if (status == 0) status = check_and_probe(file, page, expected, err);
+    free(page);
+    if (status != 0) kvo_file_close(file);
+    return status;
+}
+
+void kvo_file_close(kvo_file *file) {
+    if (file->fd >= 0) close(file->fd);
+    free(file->path);
+    *file = (kvo_file){.fd = -1};
+}
