@@ -1,0 +1,115 @@
+"""What a user may set in `kv_connector_extra_config`, checked once at start."""
+
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+
+GB = 10**9
+AUTOMATIC = -1.0
+
+
+def _as_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number of GB (10^9 bytes), not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number of GB, not {value!r}")
+    return float(value)
+
+
+class Config(BaseModel):
+    """The user's settings. Sizes are GB of 10^9 bytes for the whole deployment, all ranks together. Immutable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    nvme_path: tuple[str, ...] = ()  # absolute; blocks are striped over several
+    dram_kv_offload_gb: float = 0.0
+    ssd_kv_offload_gb: float = 0.0  # 0: no SSD tier; -1: automatic, from what is free
+    resume_kv_cache: bool = True
+    clean_obsolete_kv_cache: bool = False
+    disable_gpu_reuse: bool = False
+    disable_long_token: bool = False
+    disable_kv_cache: bool = False
+
+    @classmethod
+    def parse(cls, mapping: Mapping[str, Any]) -> Self:
+        """Check `mapping` and fill in defaults; ConfigError says in one sentence what the first mistake is."""
+        for key in mapping:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"unknown configuration key {key!r}: did you mean {near!r}?")
+        try:
+            return cls.model_validate(dict(mapping))
+        except ValidationError as error:
+            raise ConfigError(_sentence(error)) from None
+
+    @property
+    def dram_bytes(self) -> int:
+        return round(self.dram_kv_offload_gb * GB)
+
+    @property
+    def ssd_bytes(self) -> int | None:
+        """The cap on everything below the nvme paths together; 0 is off, None is automatic."""
+        return None if self.ssd_kv_offload_gb == AUTOMATIC else round(self.ssd_kv_offload_gb * GB)
+
+    @property
+    def enabled(self) -> bool:
+        return not self.disable_kv_cache and (self.dram_kv_offload_gb != 0 or self.ssd_kv_offload_gb != 0)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.nvme_path
+
+    @field_validator("nvme_path", mode="before")
+    @classmethod
+    def _check_paths(cls, value: object) -> tuple[str, ...]:
+        listed = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(listed, list | tuple) or not all(isinstance(path, str) for path in listed):
+            raise ValueError(f"nvme_path must be a path or a list of paths, not {value!r}")
+        if not all(listed) or any("\0" in path for path in listed):
+            raise ValueError("nvme_path must not hold an empty path or a NUL byte")
+        # Symlinks stay visible in the result, so that the store can refuse them.
+        paths = tuple(os.path.abspath(path) for path in listed)
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ValueError(f"nvme_path names {path} more than once: list each path once")
+        return paths
+
+    @field_validator("dram_kv_offload_gb", mode="before")
+    @classmethod
+    def _check_dram(cls, value: object) -> float:
+        size = _as_number("dram_kv_offload_gb", value)
+        if size < 0:
+            raise ValueError(f"dram_kv_offload_gb must be 0 (off) or more, not {value!r}")
+        return size
+
+    @field_validator("ssd_kv_offload_gb", mode="before")
+    @classmethod
+    def _check_ssd(cls, value: object) -> float:
+        size = _as_number("ssd_kv_offload_gb", value)
+        if size < 0 and size != AUTOMATIC:
+            raise ValueError(f"ssd_kv_offload_gb must be 0 (off), -1 (automatic) or more than 0, not {value!r}")
+        return size
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.ssd_kv_offload_gb != 0 and not self.nvme_path:
+            raise ValueError(
+                "ssd_kv_offload_gb is set but nvme_path is not: name the directory that may hold the cache"
+            )
+        return self
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("bool_type", "bool_parsing"):
+        return f"{name} must be true or false, not {first['input']!r}"
+    return f"{name} is not valid: {first['msg']}"

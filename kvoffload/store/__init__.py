@@ -1,0 +1,142 @@
+"""The SSD tier's files and its index on disk: which blocks a deployment left there, and how many it may leave.
+
+A store belongs to one namespace (one model in one geometry) and one process. Slots hold their own proof of what they
+are, so the index may lag behind them without danger; see docs/format.md.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Self
+
+from ..config import Config
+from ..types import BlockKey, SlotFiles
+from .journal import Entry, Kind, Record
+from .namespace import Identity
+from .opening import CLOSE_SECONDS, Opened, open_namespace
+
+__all__ = ["Entry", "Identity", "Store", "StoreStats"]
+
+logger = logging.getLogger(__name__)
+
+_EPOCH_SHIFT = 40  # generations of one epoch; more than can be written in a process's life
+
+
+class StoreStats(NamedTuple):
+    """Figures of now; bytes are bytes, the rest are counts."""
+
+    slot_count: int
+    reserved_bytes: int  # of the cap, once every slot has been written
+    resumed: int  # blocks found on SSD when opened
+    queued: int  # changes not yet taken by the journal's thread
+    dropped: int  # changes that will not be found after a restart
+    journal_bytes: int
+    compactions: int
+
+
+class Store:
+    """An open namespace. `put`, `delete`, `touch`, `clear` and `next_generation` are for one thread, the scheduler's:
+    they never wait for the disk and never raise. The rest may be called from any thread.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        """Not to be called directly: see `open`."""
+        self._opened = opened
+        self._writer = opened.writer
+        self._generation = opened.epoch << _EPOCH_SHIFT
+        self._closed = False
+
+    @classmethod
+    def open(cls, config: Config, identity_fields: Mapping[str, object], payload_bytes: int, ranks: int) -> Self:
+        """Open or create the namespace of `identity_fields` below every nvme path, and hold it until `close`.
+
+        identity_fields: what must be equal for bytes to be shared, writable as JSON. payload_bytes: the largest block
+        of any group on one rank. May take seconds. StoreError: the paths, the files or the cap do not allow it.
+        REQUIRES: config has an SSD tier.
+        """
+        if config.ssd_bytes == 0:
+            raise ValueError("the configuration has no SSD tier")
+        identity = Identity.of(identity_fields, payload_bytes, ranks)
+        return cls(open_namespace(config, identity, payload_bytes, ranks))
+
+    @property
+    def slot_count(self) -> int:
+        """Blocks the SSD tier has room for; slots are 0 .. slot_count-1."""
+        return self._opened.slot_count
+
+    @property
+    def directory(self) -> str:
+        """The namespace on the first nvme path."""
+        return self._opened.places[0].directory.path
+
+    def slot_files(self, rank: int) -> SlotFiles:
+        """What the engine of `rank` attaches."""
+        superblocks = [place.superblocks[rank] for place in self._opened.places]
+        return SlotFiles(
+            paths=tuple(
+                os.path.join(place.directory.path, superblock.file_name)
+                for place, superblock in zip(self._opened.places, superblocks, strict=True)
+            ),
+            slot_count=self.slot_count,
+            fingerprint=superblocks[0].fingerprint,
+        )
+
+    def entries(self) -> list[Entry]:
+        """The blocks on SSD, least recently used first; changes still queued are not in it."""
+        return self._writer.entries()
+
+    def next_generation(self) -> int:
+        """A number never given before in this namespace, not even if the end of the journal was lost."""
+        self._generation += 1
+        return self._generation
+
+    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None:
+        """Note that every rank wrote the block to its slot. It is now the most recent."""
+        self._writer.push((Record(Kind.PUT, key, slot, generation, group),))
+
+    def delete(self, key: BlockKey) -> None:
+        """Note that the block's slot is no longer its own."""
+        self._writer.push((Record(Kind.DELETE, key),))
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """Note that the blocks were used, the last one most recently. Keys not on SSD are ignored."""
+        self._writer.push(Record(Kind.TOUCH, key) for key in keys)
+
+    def clear(self) -> None:
+        """Note that no block is on SSD any more."""
+        self._writer.push((Record(Kind.CLEAR),))
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until changes made before are on disk; False if that takes longer than `timeout` seconds."""
+        return self._writer.flush(timeout)
+
+    def stats(self) -> StoreStats:
+        return StoreStats(
+            slot_count=self.slot_count,
+            reserved_bytes=self._opened.reserved_bytes,
+            resumed=self._opened.resumed,
+            queued=self._writer.queued,
+            dropped=self._writer.dropped,
+            journal_bytes=self._writer.size,
+            compactions=self._writer.compactions,
+        )
+
+    def close(self) -> None:
+        """Bring queued changes to disk, for two seconds at most, and let the namespace go. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._writer.close(CLOSE_SECONDS):
+            # Its thread may still write, so the namespace stays ours until the process ends.
+            logger.warning("the journal's disk does not answer: the latest changes of the SSD index are lost")
+            return
+        for lock in self._opened.locks:
+            lock.release()
+        for place in self._opened.places:
+            place.directory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,139 @@
+"""How many slots the cap and the drives allow, when everything below kvoffload/ counts."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import StoreError
+from ..layout import (
+    JOURNAL_BYTES_PER_SLOT,
+    NAMESPACE_BYTES,
+    SLOTS_MIN,
+    SUPERBLOCK_BYTES,
+    slot_bytes,
+    ssd_slots,
+)
+from ..types import NO_SLOT
+from .directory import Directory
+from .namespace import ROOT_LOCK, Manifest, is_held, is_namespace
+
+logger = logging.getLogger(__name__)
+
+AUTOMATIC_SHARE = 0.8  # of what is free, so that the drive is never filled by a cache nobody sized
+
+
+@dataclass(frozen=True)
+class PathUse:
+    """Physical bytes below one nvme_path and around it, now."""
+
+    path: str
+    device: int
+    free: int  # on the file system, to this user
+    own: int  # held by this namespace
+    others: int  # held by everything else below kvoffload/, or reserved by live engines
+    pending: int  # the part of `others` that live engines have reserved and not yet allocated
+
+
+def measure(root: Directory, own_namespace: str) -> PathUse:
+    """Count what lies below `root`. Call with the root lock held."""
+    own = pending = others = 0
+    for name in root.names():
+        if name == ROOT_LOCK:
+            continue  # part of every namespace's NAMESPACE_BYTES, as the root directory itself is
+        physical = root.tree_bytes(name)
+        if name == own_namespace:
+            own = physical
+        else:
+            promised = max(0, _reserved(root, name) - physical)
+            others += physical + promised
+            pending += promised
+    found = os.statvfs(root.fd)
+    free = found.f_bavail * found.f_frsize
+    return PathUse(root.path, os.fstat(root.fd).st_dev, free, own, others, pending)
+
+
+def _reserved(root: Directory, name: str) -> int:
+    """What a live engine has been promised for its namespace; 0 when none holds it."""
+    if not is_namespace(root, name):
+        return 0
+    with root.child(name) as directory:
+        if not is_held(directory):
+            return 0
+        try:
+            manifest = Manifest.read(directory)
+        except StoreError as error:
+            logger.warning("another engine's reservation is unknown: %s", error)
+            return 0
+        return manifest.reserved_bytes if manifest else 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a block costs."""
+
+    payload_bytes: int
+    ranks: int
+    paths: int
+
+    def slots(self, budget: int) -> int:
+        """Blocks that fit `budget` bytes over all paths and ranks."""
+        return min(NO_SLOT - 1, ssd_slots(budget, self.payload_bytes, self.ranks, self.paths))
+
+    def path_bytes(self, path_index: int, slot_count: int) -> int:
+        """Bytes on one path once every slot has been written."""
+        local = (slot_count - path_index + self.paths - 1) // self.paths
+        journal = slot_count * JOURNAL_BYTES_PER_SLOT if path_index == 0 else 0
+        return NAMESPACE_BYTES + self.ranks * (SUPERBLOCK_BYTES + local * slot_bytes(self.payload_bytes)) + journal
+
+    def total_bytes(self, slot_count: int) -> int:
+        return sum(self.path_bytes(index, slot_count) for index in range(self.paths))
+
+
+def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometry) -> int:
+    """How many slots there shall be; None as cap is automatic. StoreError, with figures, if that is impossible."""
+    if cap_bytes is None:
+        emptiest = min(_free_share(use, uses) for use in uses)
+        budget = int(AUTOMATIC_SHARE * (emptiest * len(uses) + sum(use.own for use in uses)))
+    else:
+        # Blocks are striped evenly, so the path with the least room left decides for all.
+        budget = len(uses) * min(cap_bytes // len(uses) - use.others for use in uses)
+    slot_count = geometry.slots(budget)
+    if slot_count < SLOTS_MIN:
+        raise StoreError(_too_small(cap_bytes, uses, geometry))
+    _check_free(uses, geometry, slot_count)
+    return slot_count
+
+
+def _free_share(use: PathUse, uses: Sequence[PathUse]) -> int:
+    """What is free for one path when several lie on the same drive."""
+    sharing = [other for other in uses if other.device == use.device]
+    return max(0, use.free - sum(other.pending for other in sharing)) // len(sharing)
+
+
+def _too_small(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometry) -> str:
+    needed = geometry.total_bytes(SLOTS_MIN)
+    if cap_bytes is None:
+        free = sum(_free_share(use, uses) for use in uses)
+        return (
+            f"ssd_kv_offload_gb=-1 takes {AUTOMATIC_SHARE:.0%} of what is free, {free} bytes, but {SLOTS_MIN} blocks "
+            f"need {needed} bytes: free space or name another nvme_path"
+        )
+    others = sum(use.others for use in uses)
+    return (
+        f"ssd_kv_offload_gb allows {cap_bytes} bytes, of which other namespaces hold {others}, but the smallest useful "
+        f"cache of {SLOTS_MIN} blocks needs {needed}: raise ssd_kv_offload_gb or set clean_obsolete_kv_cache=true"
+    )
+
+
+def _check_free(uses: Sequence[PathUse], geometry: Geometry, slot_count: int) -> None:
+    for device in dict.fromkeys(use.device for use in uses):
+        sharing = [(index, use) for index, use in enumerate(uses) if use.device == device]
+        needed = sum(max(0, geometry.path_bytes(index, slot_count) - use.own) for index, use in sharing)
+        free = min(use.free for _, use in sharing) - sum(use.pending for _, use in sharing)
+        if needed > free:
+            paths = " and ".join(use.path for _, use in sharing)
+            raise StoreError(
+                f"{paths} has {max(0, free)} bytes free but ssd_kv_offload_gb needs {needed} more: "
+                "lower ssd_kv_offload_gb, free space, or name another nvme_path"
+            )

@@ -1,0 +1,168 @@
+"""Directories by descriptor: every access is relative to an open directory and follows no symlink.
+
+A file made by `replace` is whole or absent after a kill at any moment.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from ..errors import StoreError
+
+DIRECTORY_MODE = 0o700
+FILE_MODE = 0o600
+TEMPORARY_SUFFIX = ".tmp"
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def explain(path: str, error: OSError) -> StoreError:
+    """The user's sentence for an operating system error met at `path`."""
+    if error.errno in _REFUSALS:
+        return StoreError(
+            f"{path} is not writable by uid {os.geteuid()} ({error.strerror}): "
+            "change its permissions or name another nvme_path"
+        )
+    return StoreError(f"{path} cannot be used ({error.strerror}): check the drive or name another nvme_path")
+
+
+class Directory:
+    """An open directory of ours. Not for use by several threads at once, except `replace` of different names."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """Open an nvme_path: a real directory that belongs to this user or to root, as mount points do."""
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            raise StoreError(f"nvme_path {path} does not exist: create it or correct the path") from None
+        if stat.S_ISLNK(found.st_mode):
+            raise StoreError(f"nvme_path {path} is a symbolic link, which is never followed: name its target instead")
+        if not stat.S_ISDIR(found.st_mode):
+            raise StoreError(f"nvme_path {path} is not a directory: name a directory")
+        directory = cls(path, os.open(path, _DIRECTORY_FLAGS))
+        owner = os.fstat(directory.fd).st_uid
+        if owner not in (os.geteuid(), 0):
+            directory.close()
+            raise StoreError(
+                f"nvme_path {path} is owned by another user (uid {owner}, this process is uid {os.geteuid()}): "
+                "give it to this user or name another directory"
+            )
+        return directory
+
+    def child(self, name: str, create: bool = False) -> "Directory":
+        """Open a directory below. FileNotFoundError if there is none and it is not to be created."""
+        path = os.path.join(self.path, name)
+        if create:
+            try:
+                os.mkdir(name, DIRECTORY_MODE, dir_fd=self.fd)
+                os.fsync(self.fd)
+            except FileExistsError:
+                pass
+        try:
+            child = Directory(path, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd))
+        except (NotADirectoryError, OSError) as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise StoreError(f"{path} is not a directory of kvoffload: remove it or name another nvme_path") from None
+        found = os.fstat(child.fd)
+        if found.st_uid != os.geteuid():
+            child.close()
+            raise StoreError(
+                f"{path} is owned by another user (uid {found.st_uid}, this process is uid {os.geteuid()}): "
+                "give it to this user or name another nvme_path"
+            )
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            os.fchmod(child.fd, DIRECTORY_MODE)
+        return child
+
+    def open_file(self, name: str, flags: int = os.O_RDWR) -> int:
+        """Open a regular file of ours; returns its descriptor. FileNotFoundError unless O_CREAT is in flags."""
+        path = os.path.join(self.path, name)
+        try:
+            # O_NONBLOCK: a fifo of that name must not stop us before we can see that it is one.
+            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, FILE_MODE, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise StoreError(f"{path} is not a regular file: remove it") from None
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            os.close(fd)
+            raise StoreError(f"{path} is not a regular file of uid {os.geteuid()}: remove it")
+        return fd
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """The file's first `limit` bytes, or None if there is no such file."""
+        try:
+            fd = self.open_file(name, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            return file.read(limit)
+
+    def replace(self, name: str, chunks: Iterable[bytes]) -> int:
+        """Put a new durable file in place of `name` in one step; returns its descriptor, open to read and write."""
+        temporary = name + TEMPORARY_SUFFIX
+        self.remove(temporary)
+        fd = self.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            for chunk in chunks:
+                write_all(fd, chunk)
+            os.fsync(fd)
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.fsync(self.fd)
+        except OSError:
+            os.close(fd)
+            self.remove(temporary)
+            raise
+        return fd
+
+    def remove(self, name: str) -> None:
+        """Remove a file (or the symlink itself) if it is there."""
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self.fd))
+
+    def tree_bytes(self, name: str) -> int:
+        """Physical bytes of `name` and everything below it."""
+        found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        total = found.st_blocks * 512
+        if not stat.S_ISDIR(found.st_mode):
+            return total
+        for _, directories, files, fd in os.fwalk(name, dir_fd=self.fd, follow_symlinks=False):
+            for each in directories + files:
+                try:
+                    total += os.stat(each, dir_fd=fd, follow_symlinks=False).st_blocks * 512
+                except FileNotFoundError:
+                    continue  # a live engine replaced a file meanwhile
+        return total
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Append all of `data`; OSError when the disk takes no more."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

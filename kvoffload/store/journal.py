@@ -1,0 +1,228 @@
+"""The index journal: its bytes, and what a journal read from disk means. docs/format.md is the manual."""
+
+import logging
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from ..errors import StoreError
+from ..layout import FORMAT_VERSION, JOURNAL_BYTES_PER_SLOT
+from ..types import KEY_BYTES_MAX, BlockKey
+from .directory import Directory
+from .slotfile import REMEDY
+
+logger = logging.getLogger(__name__)
+
+NAME = "index.journal"
+MAGIC = b"KVOINDX1"
+_HEADER_FIELDS = struct.Struct("<8sIIQ16s16x")  # magic, version, record bytes, epoch, fingerprint, zero
+_RECORD_FIELDS = struct.Struct("<QQIHBB40s")  # sequence, generation, slot, group, kind, key length, key
+_CHECKSUM = struct.Struct("<Q")
+HEADER_BYTES = _HEADER_FIELDS.size + _CHECKSUM.size
+RECORD_BYTES = _RECORD_FIELDS.size + _CHECKSUM.size
+_RECORD_DTYPE = np.dtype(
+    [
+        ("sequence", "<u8"),
+        ("generation", "<u8"),
+        ("slot", "<u4"),
+        ("group", "<u2"),
+        ("kind", "u1"),
+        ("key_len", "u1"),
+        ("key", f"V{KEY_BYTES_MAX}"),
+        ("checksum", "<u8"),
+    ]
+)
+CHUNK_RECORDS = 512  # encoded between two writes; a write lets other threads run
+_FLOOR_BYTES = 64 * 1024  # a small journal is not worth compacting
+
+
+class Kind(IntEnum):
+    PUT = 1
+    DELETE = 2
+    TOUCH = 3
+    CLEAR = 4
+
+
+class Entry(NamedTuple):
+    """One block known to be on SSD."""
+
+    key: BlockKey
+    slot: int
+    generation: int
+    group: int
+
+
+class Record(NamedTuple):
+    """One change of the index."""
+
+    kind: Kind
+    key: BlockKey = b""
+    slot: int = 0
+    generation: int = 0
+    group: int = 0
+
+
+class Index:
+    """What the journal says, oldest first. A key has one slot and a slot one key, so its size is bounded."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[BlockKey, tuple[int, int, int]] = {}  # slot, generation, group; in order of recency
+        self._owners: dict[int, BlockKey] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def apply(self, record: Record) -> bool:
+        """Follow one change; False if it changes nothing and need not be written."""
+        kind, key, slot, generation, group = record
+        if kind == Kind.PUT:
+            self._forget(key)
+            owner = self._owners.get(slot)
+            if owner is not None:
+                del self._blocks[owner]
+            self._owners[slot] = key
+            self._blocks[key] = (slot, generation, group)
+            return True
+        if kind == Kind.TOUCH:
+            block = self._blocks.pop(key, None)
+            if block is not None:
+                self._blocks[key] = block
+            return block is not None
+        if kind == Kind.DELETE:
+            return self._forget(key)
+        self._blocks.clear()
+        self._owners.clear()
+        return True
+
+    def drop_slots_from(self, slot_count: int) -> int:
+        """Forget blocks in slots that no longer exist; returns how many."""
+        dropped = [key for key, block in self._blocks.items() if block[0] >= slot_count]
+        for key in dropped:
+            self._forget(key)
+        return len(dropped)
+
+    def entries(self) -> list[Entry]:
+        return [Entry(key, *block) for key, block in self._blocks.items()]
+
+    def puts(self) -> Iterator[Record]:
+        """The shortest list of changes that leads here from nothing."""
+        for key, (slot, generation, group) in self._blocks.items():
+            yield Record(Kind.PUT, key, slot, generation, group)
+
+    def highest_slot(self, path_index: int, path_count: int) -> int | None:
+        """The highest slot in use of those striped to one path."""
+        return max((slot for slot in self._owners if slot % path_count == path_index), default=None)
+
+    def _forget(self, key: BlockKey) -> bool:
+        block = self._blocks.pop(key, None)
+        if block is None:
+            return False
+        del self._owners[block[0]]
+        return True
+
+
+def size_limit(slot_count: int) -> int:
+    """Journal bytes at which it is compacted.
+
+    The compacted copy is written beside the old journal, and both together must fit the journal's share of the cap.
+    """
+    return _FLOOR_BYTES + slot_count * (JOURNAL_BYTES_PER_SLOT - RECORD_BYTES)
+
+
+def encode_header(epoch: int, fingerprint: bytes) -> bytes:
+    fields = _HEADER_FIELDS.pack(MAGIC, FORMAT_VERSION, RECORD_BYTES, epoch, fingerprint)
+    return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))
+
+
+def encode_records(records: Iterable[Record], sequence: int) -> Iterator[bytes]:
+    """The records' bytes in chunks, numbered from `sequence`."""
+    chunk: list[bytes] = []
+    for kind, key, slot, generation, group in records:
+        fields = _RECORD_FIELDS.pack(sequence, generation, slot, group, kind, len(key), key)
+        chunk += (fields, _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)))
+        sequence += 1
+        if len(chunk) == 2 * CHUNK_RECORDS:
+            yield b"".join(chunk)
+            chunk = []
+    if chunk:
+        yield b"".join(chunk)
+
+
+def decode_header(data: bytes, fingerprint: bytes, path: str) -> int:
+    """The epoch in a journal's first bytes; StoreError if they are not a header of this namespace and format."""
+    if len(data) < HEADER_BYTES:
+        raise StoreError(f"journal {path} is truncated ({len(data)} bytes, its header has {HEADER_BYTES}): {REMEDY}")
+    magic, version, record_bytes, epoch, found = _HEADER_FIELDS.unpack_from(data)
+    if magic != MAGIC:
+        raise StoreError(f"journal {path} is damaged (not a kvoffload journal): {REMEDY}")
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"journal {path} has format {version}, newer than {FORMAT_VERSION}, the newest this kvoffload reads: "
+            f"use the newer kvoffload, or {REMEDY}"
+        )
+    checksum = _CHECKSUM.unpack_from(data, _HEADER_FIELDS.size)[0]
+    if checksum != xxhash.xxh3_64_intdigest(data[: _HEADER_FIELDS.size]) or record_bytes != RECORD_BYTES:
+        raise StoreError(f"journal {path} is damaged (its header fails its checksum): {REMEDY}")
+    if found != fingerprint:
+        raise StoreError(f"journal {path} belongs to another namespace: {REMEDY}")
+    return int(epoch)
+
+
+def replay(body: bytes) -> tuple[Index, int]:
+    """Follow the records after the header up to the first that is torn or damaged; returns how many bytes were good."""
+    records = np.frombuffer(body, _RECORD_DTYPE, count=len(body) // RECORD_BYTES)
+    good = _good_records(body, records)
+    index = Index()
+    # Columns become lists in C; a record then costs one short trip through the interpreter.
+    columns = (records[name][:good].tolist() for name in ("kind", "key", "key_len", "slot", "generation", "group"))
+    for kind, key, key_len, slot, generation, group in zip(*columns, strict=True):
+        index.apply(Record(kind, key[:key_len], slot, generation, group))
+    return index, good * RECORD_BYTES
+
+
+def _good_records(body: bytes, records: np.ndarray) -> int:
+    """How many records from the front are numbered, formed and checksummed as they should be."""
+    digest, view, size = xxhash.xxh3_64_intdigest, memoryview(body), _RECORD_FIELDS.size
+    digests = np.fromiter(
+        (digest(view[start : start + size]) for start in range(0, len(records) * RECORD_BYTES, RECORD_BYTES)),
+        np.uint64,
+        len(records),
+    )
+    kinds, lengths = records["kind"], records["key_len"]
+    good = (
+        (records["checksum"] == digests)
+        & (records["sequence"] == np.arange(1, len(records) + 1, dtype=np.uint64))
+        & (kinds >= Kind.PUT)
+        & (kinds <= Kind.CLEAR)
+        & (lengths <= KEY_BYTES_MAX)
+    )
+    return len(records) if good.all() else int(good.argmin())
+
+
+def load(directory: Directory, fingerprint: bytes) -> tuple[Index, int] | None:
+    """The index and the epoch the journal tells of; None if there is no journal, StoreError if it is no use.
+
+    A tail that is torn or damaged is what a kill leaves behind: the records before it count.
+    """
+    try:
+        fd = directory.open_file(NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    path = os.path.join(directory.path, NAME)
+    with os.fdopen(fd, "rb") as file:
+        epoch = decode_header(file.read(HEADER_BYTES), fingerprint, path)
+        body = file.read()
+    index, good = replay(body)
+    if good != len(body):
+        logger.warning(
+            "journal %s ends in %d bytes that are torn or damaged: the %d records before them are used",
+            path,
+            len(body) - good,
+            good // RECORD_BYTES,
+        )
+    return index, epoch

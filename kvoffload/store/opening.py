@@ -1,0 +1,227 @@
+"""Opening a namespace: inspect everything, decide, and only then change anything on disk."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..config import Config
+from ..errors import StoreError
+from ..layout import SUPERBLOCK_BYTES
+from . import capacity, journal, namespace, slotfile
+from .directory import Directory, explain
+from .journal import Index
+from .namespace import Identity, Lock, Manifest
+from .slotfile import REMEDY, Superblock
+from .writer import JournalWriter
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 2.0  # to drain the journal's queue
+
+
+@dataclass(frozen=True)
+class Place:
+    """The namespace on one nvme_path."""
+
+    directory: Directory
+    superblocks: tuple[Superblock, ...]  # by rank
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A namespace that is whole, held, and has its journal's thread running."""
+
+    places: tuple[Place, ...]
+    locks: tuple[Lock, ...]
+    slot_count: int
+    reserved_bytes: int
+    resumed: int  # blocks
+    epoch: int
+    writer: JournalWriter
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a namespace holds."""
+
+    index: Index
+    epoch: int  # of its last life; 0 if that is not known
+    absent: frozenset[tuple[int, int]]  # (path index, rank) of slot files to be made anew
+
+
+def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int) -> Opened:
+    """Hold, check and prepare the namespace; StoreError if that is impossible, and then nothing has been lost."""
+    with contextlib.ExitStack() as meanwhile, contextlib.ExitStack() as on_failure:
+        roots = [_open_root(path, meanwhile) for path in config.paths]
+        _refuse_aliases(roots)
+        # In one order for every engine, so that two that list the same paths differently can not deadlock.
+        for root in sorted(roots, key=lambda root: root.path):
+            with _explained(root.path):
+                meanwhile.callback(namespace.hold_root(root).release)
+                if config.clean_obsolete_kv_cache:
+                    namespace.clean(root, keep=identity.namespace)
+        directories, locks = [], []
+        for root in roots:
+            with _explained(root.path):
+                directory, lock = _hold(root, identity.namespace, on_failure)
+                directories.append(directory)
+                locks.append(lock)
+        places = _places(directories, identity, payload_bytes, ranks)
+        with _explained(places[0].directory.path):
+            found = _inspect_or_discard(places, identity, config.resume_kv_cache)
+            geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
+            uses = [capacity.measure(root, identity.namespace) for root in roots]
+            slot_count = capacity.decide_slots(config.ssd_bytes, uses, geometry)
+            dropped = found.index.drop_slots_from(slot_count)
+            if dropped:
+                logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
+            writer = _prepare(places, config.paths, found, geometry, slot_count, identity, on_failure)
+        on_failure.pop_all()
+        return Opened(
+            places=places,
+            locks=tuple(locks),
+            slot_count=slot_count,
+            reserved_bytes=geometry.total_bytes(slot_count),
+            resumed=len(found.index),
+            epoch=found.epoch + 1,
+            writer=writer,
+        )
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise explain(path, error) from error
+
+
+def _open_root(path: str, meanwhile: contextlib.ExitStack) -> Directory:
+    with _explained(path), Directory.open(path) as parent:
+        root = parent.child(namespace.ROOT, create=True)
+        meanwhile.callback(root.close)
+        return root
+
+
+def _refuse_aliases(roots: Sequence[Directory]) -> None:
+    """Two names of one directory (a bind mount) would count its space twice."""
+    seen: dict[tuple[int, int], str] = {}
+    for root in roots:
+        found = os.fstat(root.fd)
+        other = seen.setdefault((found.st_dev, found.st_ino), root.path)
+        if other != root.path:
+            raise StoreError(f"{other} and {root.path} are one directory: list it once in nvme_path")
+
+
+def _hold(root: Directory, name: str, on_failure: contextlib.ExitStack) -> tuple[Directory, Lock]:
+    """Open or make the namespace's directory below `root` and hold its lock; one made here goes if opening fails."""
+    try:
+        directory, is_new = root.child(name), False
+    except FileNotFoundError:
+        directory, is_new = root.child(name, create=True), True
+    on_failure.callback(directory.close)
+    lock = namespace.hold_namespace(directory)
+    on_failure.callback(lock.release)
+    if is_new:
+        on_failure.callback(namespace.remove, root, directory)
+    return directory, lock
+
+
+def _places(directories: Sequence[Directory], identity: Identity, payload_bytes: int, ranks: int) -> tuple[Place, ...]:
+    return tuple(
+        Place(
+            directory,
+            tuple(
+                Superblock(
+                    rank, ranks, index, len(directories), payload_bytes, identity.rank_fingerprint(rank, ranks)
+                )
+                for rank in range(ranks)
+            ),
+        )
+        for index, directory in enumerate(directories)
+    )
+
+
+def _inspect_or_discard(places: Sequence[Place], identity: Identity, resume: bool) -> _Found:
+    """What is there; without `resume` no block is kept, and of files that are damaged nothing is."""
+    try:
+        found = _inspect(places, identity)
+    except StoreError as error:
+        if resume:
+            raise
+        logger.warning("starting empty as asked, although: %s", error)
+        return _Found(Index(), 0, _every_file(places))
+    return found if resume else _Found(Index(), found.epoch, found.absent)
+
+
+def _every_file(places: Sequence[Place]) -> frozenset[tuple[int, int]]:
+    return frozenset((index, rank) for index, place in enumerate(places) for rank in range(len(place.superblocks)))
+
+
+def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
+    """Read and compare everything, change nothing; StoreError if anything is not as a kvoffload leaves it."""
+    for index, place in enumerate(places):
+        _check_manifest(place.directory, index, len(places))
+    sizes = {
+        (index, rank): slotfile.check(place.directory, superblock)
+        for index, place in enumerate(places)
+        for rank, superblock in enumerate(place.superblocks)
+    }
+    recovered = journal.load(places[0].directory, identity.fingerprint)
+    if recovered is None:
+        if any(size is not None and size > SUPERBLOCK_BYTES for size in sizes.values()):
+            logger.warning("%s has no journal: starting with an empty cache", places[0].directory.path)
+        # Without the journal nobody knows which generations the slots hold, so the slots go too.
+        return _Found(Index(), 0, _every_file(places))
+    index_found, epoch = recovered
+    for path_index, place in enumerate(places):
+        highest = index_found.highest_slot(path_index, len(places))
+        for rank, superblock in enumerate(place.superblocks):
+            needed = SUPERBLOCK_BYTES if highest is None else superblock.file_bytes(highest + 1)
+            size = sizes[path_index, rank]
+            if highest is not None and (size is None or size < needed):
+                raise StoreError(
+                    f"slot file {os.path.join(place.directory.path, superblock.file_name)} is truncated "
+                    f"({size or 0} bytes, the journal knows of blocks up to byte {needed}): {REMEDY}"
+                )
+    return _Found(index_found, epoch, frozenset(file for file, size in sizes.items() if size is None))
+
+
+def _check_manifest(directory: Directory, path_index: int, path_count: int) -> None:
+    manifest = Manifest.read(directory)
+    if manifest and (manifest.path_index, len(manifest.paths)) != (path_index, path_count):
+        raise StoreError(
+            f"{directory.path} was written as path {manifest.path_index + 1} of nvme_path {list(manifest.paths)}, "
+            f"now it is path {path_index + 1} of {path_count}: list the paths as they were, or {REMEDY}"
+        )
+
+
+def _prepare(
+    places: Sequence[Place],
+    paths: Sequence[str],
+    found: _Found,
+    geometry: capacity.Geometry,
+    slot_count: int,
+    identity: Identity,
+    on_failure: contextlib.ExitStack,
+) -> JournalWriter:
+    """Bring the files to where `found` and `slot_count` say. A kill between any two steps leaves a usable namespace."""
+    if found.absent:
+        if not found.index:
+            # A journal of the old files must not be found beside new ones.
+            places[0].directory.remove(journal.NAME)
+        for path_index, rank in sorted(found.absent):
+            slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
+    for path_index, place in enumerate(places):
+        Manifest(
+            path_index, tuple(paths), slot_count, geometry.path_bytes(path_index, slot_count), namespace.now()
+        ).write(place.directory, identity)
+    writer = JournalWriter(places[0].directory, found.index, slot_count, found.epoch + 1, identity.fingerprint)
+    on_failure.callback(writer.close, CLOSE_SECONDS)
+    # Only now: the old journal may have known of blocks beyond the new end.
+    for place in places:
+        for superblock in place.superblocks:
+            slotfile.shorten(place.directory, superblock, slot_count)
+    return writer

@@ -1,0 +1,103 @@
+"""A slot file's superblock: made when the file is created, compared when it is opened. docs/format.md is the manual.
+
+The engine grows the file and fills its slots; the store only ever makes, checks and shortens it.
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+from ..errors import StoreError
+from ..layout import FORMAT_VERSION, SUPERBLOCK_BYTES, slot_offset
+from .directory import Directory
+
+MAGIC = b"KVOFILE1"
+_FIELDS = struct.Struct("<8s6IQ16s")  # magic, version, rank, ranks, path index, path count, zero, payload, fingerprint
+_CHECKSUM = struct.Struct("<Q")
+REMEDY = "set resume_kv_cache=false once to start with an empty cache"
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """Which part of which namespace a slot file holds."""
+
+    rank: int
+    ranks: int
+    path_index: int
+    path_count: int
+    payload_bytes: int
+    fingerprint: bytes
+
+    @property
+    def file_name(self) -> str:
+        return f"rank{self.rank}of{self.ranks}.slots"
+
+    def encode(self) -> bytes:
+        fields = _FIELDS.pack(
+            MAGIC,
+            FORMAT_VERSION,
+            self.rank,
+            self.ranks,
+            self.path_index,
+            self.path_count,
+            0,
+            self.payload_bytes,
+            self.fingerprint,
+        )
+        return (fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))).ljust(SUPERBLOCK_BYTES, b"\0")
+
+    def local_slots(self, slot_count: int) -> int:
+        """How many of `slot_count` slots, striped over the paths, lie in this file."""
+        return (slot_count - self.path_index + self.path_count - 1) // self.path_count
+
+    def file_bytes(self, slot_count: int) -> int:
+        """The file's size once every slot has been written."""
+        return slot_offset(self.local_slots(slot_count), self.payload_bytes)
+
+
+def create(directory: Directory, superblock: Superblock) -> None:
+    """Put an empty slot file in place of whatever has its name."""
+    os.close(directory.replace(superblock.file_name, [superblock.encode()]))
+
+
+def check(directory: Directory, superblock: Superblock) -> int | None:
+    """The size in bytes of a slot file that is as it should be, None if it is missing, else StoreError."""
+    try:
+        fd = directory.open_file(superblock.file_name, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        found = file.read(SUPERBLOCK_BYTES)
+        size = os.fstat(fd).st_size
+    path = os.path.join(directory.path, superblock.file_name)
+    if len(found) < SUPERBLOCK_BYTES:
+        raise StoreError(f"slot file {path} is truncated ({size} bytes, its superblock has {SUPERBLOCK_BYTES}): {REMEDY}")
+    fields = _FIELDS.unpack_from(found)
+    if fields[0] != MAGIC:
+        raise StoreError(f"slot file {path} is damaged (not a kvoffload slot file): {REMEDY}")
+    if fields[1] > FORMAT_VERSION:
+        raise StoreError(
+            f"slot file {path} has format {fields[1]}, newer than {FORMAT_VERSION}, the newest this kvoffload reads: "
+            f"use the newer kvoffload, or {REMEDY}"
+        )
+    if _CHECKSUM.unpack_from(found, _FIELDS.size)[0] != xxhash.xxh3_64_intdigest(found[: _FIELDS.size]):
+        raise StoreError(f"slot file {path} is damaged (its superblock fails its checksum): {REMEDY}")
+    if found != superblock.encode():
+        raise StoreError(
+            f"slot file {path} has another geometry (rank {fields[2]} of {fields[3]}, path {fields[4]} of {fields[5]}, "
+            f"{fields[7]} payload bytes; expected rank {superblock.rank} of {superblock.ranks}, "
+            f"path {superblock.path_index} of {superblock.path_count}, {superblock.payload_bytes}): {REMEDY}"
+        )
+    return size
+
+
+def shorten(directory: Directory, superblock: Superblock, slot_count: int) -> None:
+    """Give back the space of slots beyond `slot_count`."""
+    fd = directory.open_file(superblock.file_name)
+    try:
+        if os.fstat(fd).st_size > superblock.file_bytes(slot_count):
+            os.ftruncate(fd, superblock.file_bytes(slot_count))
+    finally:
+        os.close(fd)

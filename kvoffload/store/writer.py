@@ -1,0 +1,204 @@
+"""The thread that keeps the journal: it takes changes from the scheduler and brings them to disk in its own time."""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from . import journal
+from .directory import Directory, write_all
+from .journal import Entry, Index, Kind, Record
+
+logger = logging.getLogger(__name__)
+
+QUEUE_RECORDS = 1 << 17
+_GATHER_SECONDS = 0.05  # changes that arrive within this time share a write
+_SYNC_SECONDS = 3.0
+_RETRY_SECONDS = 30.0  # after the disk failed
+
+
+class JournalWriter:
+    """Appends records to the journal and compacts it.
+
+    `push` never blocks on the disk and never raises; one thread at a time may call it. The other methods may be
+    called from any thread. When the queue is full or the disk fails, records are dropped and counted: a missing PUT
+    is a lost block, a missing DELETE an entry that the engine finds wanting when it reads the slot.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        index: Index,
+        slot_count: int,
+        epoch: int,
+        fingerprint: bytes,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Writes the compacted journal at once (OSError if that fails), then starts the thread.
+
+        `before_write` runs in the thread before each batch; an OSError from it counts as the disk's failure.
+        """
+        self._directory = directory
+        self._index = index
+        self._limit = journal.size_limit(slot_count)
+        self._header = journal.encode_header(epoch, fingerprint)
+        self._before_write = before_write
+
+        self._queue: deque[Record] = deque()
+        self._pushed = 0  # written by the pushing thread only, so that neither counter needs a lock
+        self._taken = 0  # written by the journal's thread only
+        self._overflowed = 0
+        self._wake = threading.Event()
+        self._stopping = False
+        self._sync_target = 0
+
+        self._changed = threading.Condition()  # guards the index, and tells of progress
+        self._durable = 0  # of the pushed records, how many are on disk or dropped
+        self._synced_at = time.monotonic()
+        self._failed_at: float | None = None
+        self._dropped = 0
+        self._compactions = 0
+        self._fd = -1
+        self._size = self._sequence = 0
+        self._compact()
+        self._thread = threading.Thread(target=self._run, name="kvoffload-journal", daemon=True)
+        self._thread.start()
+
+    def push(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if self._pushed - self._taken >= QUEUE_RECORDS:
+                if not self._overflowed:
+                    logger.warning("the journal's disk is too slow: changes of the SSD index are being dropped")
+                self._overflowed += 1
+            else:
+                self._queue.append(record)
+                self._pushed += 1
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def entries(self) -> list[Entry]:
+        """The blocks on SSD as far as the thread has followed, oldest first."""
+        with self._changed:
+            return self._index.entries()
+
+    @property
+    def queued(self) -> int:
+        return self._pushed - self._taken
+
+    @property
+    def dropped(self) -> int:
+        return self._overflowed + self._dropped
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def compactions(self) -> int:
+        return self._compactions
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until every record pushed before is on disk (or dropped); False after `timeout` seconds."""
+        self._sync_target = target = self._pushed
+        self._wake.set()
+        with self._changed:
+            return self._changed.wait_for(lambda: self._durable >= target, timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Drain, sync and stop; False if the disk did not let the thread end within `timeout` seconds."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            restless = self._durable < self._taken or self._failed_at is not None
+            self._wake.wait(_SYNC_SECONDS if restless else None)
+            if not (self._stopping or self._is_flush_waiting()):
+                time.sleep(_GATHER_SECONDS)
+            self._wake.clear()
+            last = self._stopping
+            if self._failed_at is not None and (last or time.monotonic() - self._failed_at >= _RETRY_SECONDS):
+                self._repair()
+            self._drain()
+            if last or self._is_flush_waiting() or time.monotonic() - self._synced_at >= _SYNC_SECONDS:
+                self._sync()
+        os.close(self._fd)
+
+    def _is_flush_waiting(self) -> bool:
+        return self._durable < self._sync_target
+
+    def _drain(self) -> None:
+        while batch := self._take():
+            with self._changed:
+                batch = [record for record in batch if self._index.apply(record)]
+            if self._failed_at is not None:
+                self._dropped += len(batch)
+                continue
+            try:
+                self._append(batch)
+            except OSError as error:
+                self._dropped += len(batch)
+                self._fail(error)
+
+    def _take(self) -> list[Record]:
+        batch: list[Record] = []
+        while self._queue and len(batch) < journal.CHUNK_RECORDS:
+            batch.append(self._queue.popleft())
+        self._taken += len(batch)
+        return batch
+
+    def _append(self, batch: list[Record]) -> None:
+        self._before_write()
+        if self._size + len(batch) * journal.RECORD_BYTES > self._limit:
+            self._compact()
+            return
+        for chunk in journal.encode_records(batch, self._sequence):
+            write_all(self._fd, chunk)
+            self._size += len(chunk)
+        self._sequence += len(batch)
+
+    def _compact(self) -> None:
+        """Put a journal in place that says what the index says; the old one stays whole until then."""
+        records = journal.encode_records(self._index.puts(), 1)
+        fd = self._directory.replace(journal.NAME, (chunk for part in ([self._header], records) for chunk in part))
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+        self._size = os.fstat(fd).st_size
+        self._sequence = len(self._index) + 1
+        self._compactions += 1
+
+    def _sync(self) -> None:
+        if self._failed_at is None:
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._fail(error)
+        self._synced_at = time.monotonic()
+        with self._changed:
+            self._durable = self._taken
+            self._changed.notify_all()
+
+    def _fail(self, error: OSError) -> None:
+        """After a failed write the file may end in half a record, so nothing is appended until it was rewritten."""
+        logger.warning(
+            "the journal %s cannot be written (%s): blocks stored on SSD from now on may be forgotten at restart",
+            os.path.join(self._directory.path, journal.NAME),
+            error.strerror,
+        )
+        self._failed_at = time.monotonic()
+
+    def _repair(self) -> None:
+        """Rewrite the journal from the index, which followed every change that was not written."""
+        try:
+            self._compact()
+        except OSError:
+            self._failed_at = time.monotonic()
+            return
+        self._failed_at = None
+        logger.warning("the journal %s is written again", os.path.join(self._directory.path, journal.NAME))
