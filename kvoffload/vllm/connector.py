@@ -1,0 +1,131 @@
+"""The connector class vLLM loads: vLLM's `OffloadingConnector`, with what it lacks.
+
+It adds failed loads that are recomputed instead of asserted, and our own traffic between scheduler and workers
+(demotions and their acknowledgements) inside vLLM's messages.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+from kvoffload.vllm.geometry import payload_bytes
+from kvoffload.vllm.identity import identity_fields
+from kvoffload.vllm.manager import ManagerAdapter
+from kvoffload.vllm.spec import SPEC_NAME, KVOffloadSpec, user_settings
+from kvoffload.vllm.transfer import KVOffloadMetadata, KVOffloadWorkerMetadata
+from kvoffload.vllm.worker import OffWorker, WorkerAdapter
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+# vLLM configures only its own loggers; ours speak through the same handlers.
+logging.getLogger("kvoffload").handlers = logging.getLogger("vllm").handlers
+logging.getLogger("kvoffload").setLevel(logging.getLogger("vllm").level)
+OffloadingSpecFactory.register_spec(SPEC_NAME, "kvoffload.vllm.spec", KVOffloadSpec.__name__)
+
+
+def adopt(config: "VllmConfig") -> None:
+    """Sets what the user need not: our spec, and recomputation of what does not load. May run more than once."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None
+    transfer.kv_connector_extra_config["spec_name"] = SPEC_NAME
+    transfer.kv_load_failure_policy = "recompute"
+
+
+class KVOffloadConnector(OffloadingConnector):
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"):
+        adopt(vllm_config)
+        settings = user_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        if settings.disable_gpu_reuse and settings.enabled:
+            # vLLM's scheduler makes its KV-cache manager after the connector: no prefix hits in GPU memory then.
+            vllm_config.cache_config.enable_prefix_caching = False
+        super().__init__(vllm_config, role, kv_cache_config)
+        payload = payload_bytes(build_offloading_config(vllm_config, kv_cache_config), kv_cache_config)
+        if self.connector_scheduler is not None:
+            if settings.enabled:
+                self._manager.open(payload, identity_fields(vllm_config, kv_cache_config))
+        elif self.connector_worker is not None:
+            spec = self.connector_worker.spec
+            assert isinstance(spec, KVOffloadSpec)
+            spec.payload_bytes = payload
+            self.connector_worker = ConnectorWorker(spec, vllm_config, kv_cache_config)
+
+    @property
+    def _manager(self) -> ManagerAdapter:
+        manager = self.scheduler.manager
+        assert isinstance(manager, ManagerAdapter)
+        return manager
+
+    @property
+    def _worker(self) -> "ConnectorWorker":
+        assert isinstance(self.connector_worker, ConnectorWorker)
+        return self.connector_worker
+
+    # -- scheduler side ------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: "Request") -> None:
+        self._manager.announce(request)
+        super().on_new_request(request)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        meta = self.scheduler.build_connector_meta(scheduler_output)
+        return KVOffloadMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, self._manager.take_plan())
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, KVOffloadWorkerMetadata):
+            self._manager.take_in(meta.report)
+        super().update_connector_output(connector_output)
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Any:
+        adopt(vllm_config)  # runs in the API server, where no connector is made
+        return super().build_prom_metrics(vllm_config, *args, **kwargs)
+
+    # -- worker side ---------------------------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        assert isinstance(self._connector_metadata, KVOffloadMetadata)
+        self._worker.adapter.apply(self._connector_metadata.plan)
+        super().start_load_kv(forward_context, **kwargs)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        return self._worker.get_transfer_results(finished_req_ids)
+
+    def build_connector_worker_meta(self) -> KVOffloadWorkerMetadata | None:
+        return self._worker.build_connector_worker_meta() if self.connector_worker is not None else None
+
+
+class ConnectorWorker(OffloadingConnectorWorker):
+    """vLLM's worker half, with loads that may fail."""
+
+    @property
+    def adapter(self) -> WorkerAdapter | OffWorker:
+        assert isinstance(self.worker, WorkerAdapter | OffWorker)
+        return self.worker
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        requests = dict(self._load_jobs)  # get_finished forgets them
+        sent, received = self.get_finished(finished_req_ids)
+        failed = {requests[job] for job in self.adapter.take_failed_jobs() if job in requests}
+        return KVConnectorTransferResults(sent, received, failed)
+
+    def build_connector_worker_meta(self) -> KVOffloadWorkerMetadata | None:
+        jobs = super().build_connector_worker_meta()
+        report = self.adapter.take_report()
+        if jobs is None:
+            return KVOffloadWorkerMetadata(report=report) if report else None
+        return KVOffloadWorkerMetadata(jobs.completed_jobs, jobs.transfer_stats, report)

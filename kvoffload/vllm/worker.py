@@ -1,0 +1,138 @@
+"""The worker half: vLLM's `OffloadingWorker` on top of kvoffload.worker and the engine."""
+
+import logging
+
+import numpy as np
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+
+from kvoffload.config import Config
+from kvoffload.engine import Engine
+from kvoffload.layout import dram_plan
+from kvoffload.types import EngineOptions, TransferPlan, TransferReport
+from kvoffload.vllm.geometry import regions
+from kvoffload.vllm.transfer import SlotSpec
+from kvoffload.worker import BlockList, Worker
+
+logger = logging.getLogger(__name__)
+
+
+def open_worker(
+    settings: Config, config: OffloadingConfig, payload_bytes: int, kv_caches: CanonicalKVCaches
+) -> "WorkerAdapter":
+    """Opens this rank's engine over the KV cache."""
+    parallel = config.parallel
+    plan = dram_plan(settings.dram_bytes // parallel.data_parallel_size, payload_bytes, parallel.world_size)
+    engine = Engine(EngineOptions(payload_bytes=payload_bytes, dram_slots=plan.slots, spare_slots=plan.spares))
+    groups = regions(kv_caches)
+    engine.bind(groups)
+    for line in engine.describe():
+        logger.info("kvoffload: rank %d: %s", parallel.rank, line)
+    group_bytes = [sum(region.nbytes for region in group) for group in groups]
+    return WorkerAdapter(Worker(engine, parallel.rank, group_bytes), engine)
+
+
+def _stream() -> int:
+    """The CUDA stream vLLM computes in, which copies must be ordered after; 0 where there is none."""
+    if not current_platform.is_cuda_alike():
+        return 0
+    return current_platform.current_stream().cuda_stream
+
+
+def _block_list(slots: SlotSpec, blocks: GPULoadStoreSpec) -> BlockList:
+    """Pairs slots with KV blocks: both are in group order, one block per key."""
+    groups = np.repeat(np.arange(len(blocks.group_sizes), dtype=np.uint16), blocks.group_sizes)
+    return BlockList(slots.keys, slots.generations, slots.dram_slots, slots.ssd_slots, blocks.block_ids, groups)
+
+
+class WorkerAdapter(OffloadingWorker):
+    """Jobs always end as a success for vLLM, which asserts it; failed loads leave by `take_failed_jobs`."""
+
+    def __init__(self, worker: Worker, engine: Engine):
+        self._worker = worker
+        self._engine = engine
+        self._failed_jobs: set[int] = set()
+
+    def apply(self, plan: TransferPlan) -> None:
+        if not plan:
+            return
+        self._worker.apply(plan)
+        if plan.attach:
+            for line in self._engine.describe():
+                logger.info("kvoffload: %s", line)
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+        assert isinstance(dst_spec, SlotSpec)
+        if len(src_spec.block_ids) != len(dst_spec.keys):
+            self._refuse(job_id, dst_spec, len(src_spec.block_ids))
+        else:
+            self._worker.store(job_id, _block_list(dst_spec, src_spec), _stream())
+        return True
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        assert isinstance(src_spec, SlotSpec)
+        if len(dst_spec.block_ids) != len(src_spec.keys):
+            self._refuse(job_id, src_spec, len(dst_spec.block_ids))
+        else:
+            self._worker.load(job_id, _block_list(src_spec, dst_spec), _stream())
+        return True
+
+    def _refuse(self, job_id: int, slots: SlotSpec, blocks: int) -> None:
+        # Pairing them up some other way could serve a block's bytes for another's.
+        logger.error("kvoffload: vLLM named %d blocks for %d keys; the job fails", blocks, len(slots.keys))
+        self._worker.refuse(job_id, slots.keys)
+
+    def get_finished(self) -> list[TransferResult]:
+        self._worker.poll()
+        results = []
+        for job_id, failed in self._worker.take_finished():
+            if failed:
+                self._failed_jobs.add(job_id)
+            results.append(TransferResult(job_id, success=True))
+        return results
+
+    def take_failed_jobs(self) -> set[int]:
+        """Jobs reported by `get_finished` since the last call of which some block did not arrive."""
+        failed, self._failed_jobs = self._failed_jobs, set()
+        return failed
+
+    def take_report(self) -> TransferReport:
+        return self._worker.take_report()
+
+    def wait(self, job_ids: set[int]) -> None:
+        self._worker.wait(job_ids)
+
+    def shutdown(self) -> None:
+        self._worker.close()
+
+
+class OffWorker(OffloadingWorker):
+    """Stands where nothing is offloaded. The scheduler side sends it no jobs."""
+
+    def apply(self, plan: TransferPlan) -> None:
+        assert not plan
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+        raise AssertionError("a store while offloading is off")
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        raise AssertionError("a load while offloading is off")
+
+    def get_finished(self) -> list[TransferResult]:
+        return []
+
+    def take_failed_jobs(self) -> set[int]:
+        return set()
+
+    def take_report(self) -> TransferReport:
+        return TransferReport()
+
+    def wait(self, job_ids: set[int]) -> None:
+        return
