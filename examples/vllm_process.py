@@ -1,0 +1,294 @@
+"""A vLLM engine in a process group of its own: start it, ask it, kill it. Used by the demo and the end-to-end tests.
+
+    with VllmProcess(model, {"nvme_path": "/mnt/nvme", "ssd_kv_offload_gb": 1}, num_gpu_blocks_override=128) as engine:
+        (answer,) = engine.generate([prompt], max_tokens=16)
+        print(answer.ttft_s, answer.cached_tokens, engine.metrics().sum("vllm:prompt_tokens_cached_by_source_total"))
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+CHILD = Path(__file__).with_name("vllm_child.py")
+CONNECTOR = "KVOffloadConnector"
+CONNECTOR_MODULE = "kvoffload.vllm.connector"
+
+ENGINE_DEFAULTS = {
+    "dtype": "float32",  # in bfloat16 a small random model answers in ties
+    "block_size": 32,  # the CPU attention backend wants a multiple of 32
+    "max_model_len": 4096,
+    "enforce_eager": True,  # compiling would add minutes to the start
+    "seed": 0,
+}
+START_TIMEOUT_S = 300
+ANSWER_TIMEOUT_S = 300
+# These only say that some other process failed; the sentence worth showing is that process's.
+NOT_THE_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed", "Worker failed with error")
+
+
+class EngineError(RuntimeError):
+    """The engine did not start, refused a request or died; the message holds its last error sentences."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    request_id: str
+    tokens: list[int]
+    ttft_s: float | None  # None: no token came, the request was aborted
+    total_s: float
+    cached_tokens: int  # of the prompt, found in the GPU pool or loaded by the connector
+    finish_reason: str | None
+
+
+class Metrics:
+    """Prometheus samples of the engine at one moment."""
+
+    def __init__(self, samples: list):
+        self.samples: list[tuple[str, dict[str, str], float]] = [tuple(sample) for sample in samples]
+
+    def sum(self, name: str, **labels: str) -> float:
+        """Over all samples of that name that carry these labels; 0 if there are none."""
+        return sum(
+            value
+            for sample, its_labels, value in self.samples
+            if sample == name and labels.items() <= its_labels.items()
+        )
+
+    def names(self) -> set[str]:
+        return {name for name, _, _ in self.samples}
+
+
+def cpu_binding(ranks: int) -> str:
+    """An equal share of the CPUs we may use for each rank, for VLLM_CPU_OMP_THREADS_BIND."""
+    cpus = sorted(os.sched_getaffinity(0))
+    share = len(cpus) // ranks
+    if share == 0:
+        return "nobind"
+    return "|".join(",".join(map(str, cpus[rank * share : (rank + 1) * share])) for rank in range(ranks))
+
+
+def child_environment(ranks: int) -> dict[str, str]:
+    ours = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": cpu_binding(ranks),
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    return {**os.environ, **ours}
+
+
+def transfer_config(connector_config: dict, with_module_path: bool) -> dict:
+    config = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": connector_config}
+    if with_module_path:
+        config["kv_connector_module_path"] = CONNECTOR_MODULE
+    return config
+
+
+class VllmProcess:
+    def __init__(
+        self,
+        model: Path,
+        connector_config: dict | None = None,  # None: vLLM without kvoffload
+        *,
+        with_module_path: bool = False,  # the plugin makes the connector's name enough
+        env: dict[str, str] | None = None,
+        log: Path | None = None,
+        **engine_args,
+    ):
+        self.engine_args = {**ENGINE_DEFAULTS, "model": str(model), **engine_args}
+        if connector_config is not None:
+            self.engine_args["kv_transfer_config"] = transfer_config(connector_config, with_module_path)
+        self.log = log or Path(tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
+        self._env = {**child_environment(engine_args.get("tensor_parallel_size", 1)), **(env or {})}
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future] = {}
+        self._last_id = 0
+        self._requests = 0
+        self._ended = False
+        self._start()
+
+    # Life
+
+    def _start(self) -> None:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=ROOT,
+                env=self._env,
+                start_new_session=True,  # a process group of its own, to be killed as one
+            )
+        atexit.register(self.kill9)
+        started = self._waiting[0] = Future()
+        self._reader = threading.Thread(target=self._read_answers, daemon=True)
+        self._reader.start()
+        self._send(self.engine_args)
+        try:
+            self.start_s = started.result(START_TIMEOUT_S)["start_s"]
+        except TimeoutError:
+            self.kill9()
+            raise EngineError(f"vLLM did not start within {START_TIMEOUT_S} s, see {self.log}") from None
+        except EngineError:
+            self.kill9()
+            raise
+
+    def shutdown(self) -> None:
+        """Let the engine end in order: the connector is told, and what it must write it can write."""
+        if self._ended:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(90)
+        finally:
+            self.kill9()  # stragglers
+
+    def kill9(self) -> None:
+        """SIGKILL to the front end, the engine core and every worker at once."""
+        if self._ended:
+            return
+        self._ended = True
+        atexit.unregister(self.kill9)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._wait_for_group()
+
+    def _wait_for_group(self) -> None:
+        """Grandchildren are reaped by init; until then they may hold locks and files."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return
+            if not any(_in_group(process, self._process.pid) for process in psutil.process_iter(["status"])):
+                return
+            time.sleep(0.02)
+        raise EngineError(f"processes of group {self._process.pid} outlived SIGKILL")
+
+    def __enter__(self) -> "VllmProcess":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.shutdown()
+
+    # Questions
+
+    def submit(
+        self, prompt: list[int], max_tokens: int = 16, request_id: str | None = None, cache_salt: str | None = None
+    ) -> "Future[dict]":
+        """Start one request and return at once; `answer(future)` waits for it."""
+        with self._lock:
+            self._requests += 1
+            request_id = request_id or f"request-{self._requests}"
+        arguments = {"prompt": list(prompt), "max_tokens": max_tokens, "cache_salt": cache_salt}
+        return self._ask("generate", request_id=request_id, **arguments)
+
+    @staticmethod
+    def answer(future: "Future[dict]", timeout_s: float = ANSWER_TIMEOUT_S) -> Answer:
+        return Answer(**future.result(timeout_s))
+
+    def generate(self, prompts: list[list[int]], max_tokens: int = 16, concurrency: int = 1, **options) -> list[Answer]:
+        """Answers in the order of `prompts`, at most `concurrency` of them in flight."""
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(lambda prompt: self.answer(self.submit(prompt, max_tokens, **options)), prompts))
+
+    def abort(self, request_id: str) -> None:
+        self._ask("abort", request_id=request_id).result(ANSWER_TIMEOUT_S)
+
+    def metrics(self) -> Metrics:
+        return Metrics(self._ask("metrics").result(ANSWER_TIMEOUT_S))
+
+    def reset_gpu_prefix_cache(self, timeout_s: float = 10) -> None:
+        """Forget the prefixes in GPU memory; what the connector holds stays. Refused while blocks are being read."""
+        deadline = time.monotonic() + timeout_s
+        while not self._ask("reset_prefix_cache").result(ANSWER_TIMEOUT_S):
+            if time.monotonic() > deadline:
+                raise EngineError("vLLM would not reset its prefix cache: blocks are still in use")
+            time.sleep(0.05)
+
+    def processes(self) -> list[psutil.Process]:
+        """The front end first, then the engine core, workers and helpers."""
+        parent = psutil.Process(self._process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def rss_bytes(self) -> int:
+        total = 0
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def error_sentences(self) -> list[str]:
+        """What exceptions said in the log, the root cause first, each once."""
+        found = re.findall(r"(?:^|\] |\) )((?:\w+\.)*\w*(?:Error|Exception): .+)$", self.log_text(), re.MULTILINE)
+        causes = [line for line in dict.fromkeys(found) if not any(phrase in line for phrase in NOT_THE_CAUSE)]
+        return causes or found
+
+    # The pipe
+
+    def _ask(self, op: str, **arguments) -> Future:
+        future: Future = Future()
+        with self._lock:
+            self._last_id += 1
+            request = self._last_id
+            if self._ended:
+                raise EngineError("the engine has been shut down")
+            self._waiting[request] = future
+        self._send({"id": request, "op": op, **arguments})
+        return future
+
+    def _send(self, message: dict) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock, contextlib.suppress(BrokenPipeError):  # the reader reports why the child has gone
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def _read_answers(self) -> None:
+        for line in self._process.stdout:
+            message = json.loads(line)
+            with self._lock:
+                future = self._waiting.pop(message["id"])
+            if "error" in message:
+                future.set_exception(EngineError(message["error"]))
+            else:
+                future.set_result(message["result"])
+        with self._lock:
+            waiting, self._waiting = list(self._waiting.values()), {}
+        sentences = "\n".join(self.error_sentences()) or f"vLLM ended, see {self.log}"
+        for future in waiting:
+            future.set_exception(EngineError(sentences))
+
+
+def _in_group(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE
+    except ProcessLookupError:
+        return False
