@@ -1,0 +1,218 @@
+"""What happens when drives stall, fail or answer in parts. Run by test_faults.py, one scenario a process, with
+slow_io.c preloaded: `python -m tests.engine.fault_scenarios <scenario> <folder> <library>`."""
+
+import ctypes
+import errno
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from kvoffload.engine import Engine
+from tests.engine.world import (
+    BADMSG,
+    CANCELED,
+    PATIENCE_S,
+    TIMEDOUT,
+    KVCache,
+    copy_in,
+    copy_out,
+    load,
+    make_files,
+    open_engine,
+    read,
+    run,
+    run_one,
+    write,
+)
+
+TIMEOUT_US = 50_000
+FOREVER_US = 2**64 - 1
+
+
+class Drive:
+    """The preloaded library's variables: drive.hold_reads = 1 and the like."""
+
+    def __init__(self, library: str) -> None:
+        object.__setattr__(self, "library", ctypes.CDLL(library))
+
+    def __setattr__(self, name: str, value: int) -> None:
+        ctypes.c_int.in_dll(self.library, name).value = value
+
+    def wait_until_held(self, count: int) -> None:
+        wait_until(lambda: ctypes.c_int.in_dll(self.library, "held").value >= count)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def stored(engine: Engine, block: int, dram: int, ssd: int) -> None:
+    assert run_one(engine, copy_out(block, dram)) == 0
+    assert run_one(engine, write(block, dram, ssd)) == 0
+
+
+def late_read_cannot_touch_the_slot_given_to_another_block(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 3)
+    drive.hold_reads = 1
+    assert run_one(engine, read(1, 5, 3, timeout_us=TIMEOUT_US)) == TIMEDOUT
+    assert engine.stats()["abandoned"] == 1
+    assert run_one(engine, copy_in(1, 5)) == BADMSG, "half a block is no block"
+    assert run_one(engine, copy_out(2, 5)) == 0
+    drive.hold_reads = 0
+    wait_until(lambda: engine.stats()["abandoned"] == 0)
+    assert run_one(engine, copy_in(2, 5, kv_block=7)) == 0
+    assert kv.block(7) == kv.block(2)
+
+
+def late_write_cannot_land_on_newer_content(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 3)
+    assert run_one(engine, copy_out(2, 1)) == 0
+    drive.hold_writes = 1
+    assert run_one(engine, write(1, 0, 3, generation=1, timeout_us=TIMEOUT_US)) == TIMEDOUT
+    assert run_one(engine, write(2, 1, 3, timeout_us=TIMEOUT_US)) == TIMEDOUT, "waits for the late one"
+    assert run_one(engine, read(1, 2, 3, timeout_us=TIMEOUT_US)) == TIMEDOUT, "waits for the late one"
+    assert run_one(engine, copy_out(4, 0)) == 0, "the late write keeps its memory, the slot gets other"
+    assert engine.submit(write(2, 1, 3)) == 1
+    drive.hold_writes = 0
+    wait_until(lambda: engine.wait(0.1))
+    assert engine.poll()["status"].tolist() == [0]
+    assert run_one(engine, load(2, 3, 9)) == 0
+    assert kv.block(9) == kv.block(2)
+    assert run_one(engine, copy_in(4, 0, kv_block=10)) == 0
+    assert kv.block(10) == kv.block(4)
+
+
+def staged_load_that_times_out_cancels_its_copy(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 3)
+    before = kv.everything()
+    drive.hold_reads = 1
+    assert run(engine, load(1, 3, 8, timeout_us=TIMEOUT_US)) == {1: TIMEDOUT, 1001: CANCELED}
+    drive.hold_reads = 0
+    wait_until(lambda: engine.stats()["abandoned"] == 0)
+    assert kv.everything() == before
+
+
+def pair_ends_by_the_earlier_timeout(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 3)
+    drive.hold_reads = 1
+    pair = load(1, 3, 8, timeout_us=FOREVER_US)
+    pair["timeout_us"][1] = TIMEOUT_US
+    assert run(engine, pair) == {1: TIMEDOUT, 1001: CANCELED}
+    drive.hold_reads = 0
+
+
+def without_a_spare_loads_wait_and_then_time_out(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 3)
+    drive.hold_reads = 1
+    spares = engine.options.spare_slots
+    loads = [load(1, 3, 8 + n, id=n, timeout_us=TIMEOUT_US) for n in range(spares)]
+    assert set(run(engine, *loads).values()) == {TIMEDOUT, CANCELED}
+    assert run(engine, load(1, 3, 8, timeout_us=TIMEOUT_US)) == {1: TIMEDOUT, 1001: CANCELED}
+    assert engine.stats()["abandoned"] == spares, "the last one never started"
+    drive.hold_reads = 0
+    wait_until(lambda: engine.stats()["abandoned"] == 0)
+    assert run_one(engine, load(1, 3, 8)) == 0
+
+
+def stalled_drive_never_holds_more_than_io_depth(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    for number in range(8):
+        stored(engine, number, number, number)
+    drive.hold_reads = drive.hold_writes = 1
+    depth = engine.options.io_depth
+    for turn in range(3):
+        ops = [read(n, n, n, id=100 * turn + n, timeout_us=TIMEOUT_US) for n in range(8)]
+        assert set(run(engine, *ops).values()) == {TIMEDOUT}
+        assert engine.stats()["abandoned"] <= depth
+    assert run_one(engine, copy_out(20, 0)) == 0, "DRAM still serves"
+    assert run_one(engine, copy_in(20, 0, kv_block=21)) == 0
+    assert kv.block(21) == kv.block(20)
+    drive.hold_reads = drive.hold_writes = 0
+    wait_until(lambda: engine.stats()["abandoned"] == 0)
+    assert run_one(engine, read(5, 5, 5)) == 0
+
+
+def failed_transfers_report_their_errno(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 3)
+    drive.fail_reads = drive.fail_writes = errno.EIO
+    assert run(engine, load(1, 3, 8)) == {1: -errno.EIO, 1001: CANCELED}
+    assert run_one(engine, read(1, 5, 3)) == -errno.EIO
+    assert run_one(engine, copy_in(1, 5)) == BADMSG
+    assert run_one(engine, write(1, 0, 3)) == -errno.EIO
+    drive.fail_reads = drive.fail_writes = 0
+    assert run_one(engine, load(1, 3, 8)) == 0
+    assert kv.block(8) == kv.block(1)
+
+
+def full_disk_fails_the_write_and_nothing_else(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    assert run_one(engine, copy_out(1, 0)) == 0
+    drive.fail_allocations = errno.ENOSPC
+    assert set(run(engine, *(write(1, 0, n, id=n) for n in range(8))).values()) == {-errno.ENOSPC}
+    drive.fail_allocations = 0
+    assert run_one(engine, write(1, 0, 3)) == 0
+    assert run_one(engine, read(1, 1, 3)) == 0
+
+
+def file_system_without_fallocate_is_written_to_all_the_same(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    drive.fail_allocations = errno.EOPNOTSUPP
+    stored(engine, 1, 0, 3)
+    assert run_one(engine, read(1, 1, 3)) == 0
+    assert run_one(engine, read(1, 1, 19)) == BADMSG
+
+
+def writes_wait_for_the_file_to_grow_and_reads_do_not(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    assert run_one(engine, copy_out(1, 0)) == 0
+    drive.hold_allocations = 1
+    assert engine.submit(write(1, 0, 3)) == 1
+    drive.wait_until_held(1)
+    assert run_one(engine, read(1, 1, 3)) == BADMSG
+    assert run_one(engine, write(1, 0, 5, timeout_us=TIMEOUT_US)) == TIMEDOUT
+    drive.hold_allocations = 0
+    wait_until(lambda: engine.wait(0.1))
+    assert engine.poll()["status"].tolist() == [0]
+
+
+def short_transfers_are_continued(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    drive.short_transfers = 4096
+    stored(engine, 1, 0, 3)
+    assert run_one(engine, load(1, 3, 8)) == 0
+    assert kv.block(8) == kv.block(1)
+
+
+def few_writes_are_in_the_drive_beside_a_read(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    for number in range(8):
+        stored(engine, number, number, number)
+    drive.hold_reads = drive.hold_writes = 1
+    assert engine.submit(np.concatenate([read(0, 0, 0, id=100), *(write(n, n, n + 8) for n in range(1, 8))])) == 8
+    drive.wait_until_held(3)
+    assert engine.stats()["in_flight"] == 3
+    drive.hold_reads = 0
+    wait_until(lambda: engine.wait(0.1))
+    drive.wait_until_held(4)
+    assert engine.stats()["in_flight"] == engine.options.io_depth // 2
+    drive.hold_writes = 0
+    wait_until(lambda: engine.stats()["ops"][2] == 15)
+
+
+def close_ends_while_a_drive_stalls(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 3)
+    drive.hold_reads = 1
+    assert engine.submit(read(1, 5, 3)) == 1
+    drive.wait_until_held(1)
+    engine.close()
+
+
+SCENARIOS = {name: member for name, member in list(globals().items()) if getattr(member, "__module__", "") == __name__}
+for helper in ("Drive", "wait_until", "stored"):
+    del SCENARIOS[helper]
+
+if __name__ == "__main__":
+    scenario, folder, library = sys.argv[1:]
+    kv = KVCache()
+    with open_engine("threads", kv, make_files(Path(folder))) as engine:
+        SCENARIOS[scenario](engine, kv, Drive(library))
