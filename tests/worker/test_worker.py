@@ -1,0 +1,179 @@
+"""The worker over the real engine and real slot files, and over an engine that never answers."""
+
+import errno
+import os
+import random
+
+import numpy as np
+import pytest
+
+from kvoffload import worker as worker_module
+from kvoffload.config import Config
+from kvoffload.engine import Engine
+from kvoffload.layout import slot_offset
+from kvoffload.store import Store
+from kvoffload.types import COMPLETION_DTYPE, NO_SLOT, Demotion, EngineOptions, Region, SlotFiles, TransferPlan
+from kvoffload.worker import BlockList, Worker
+
+BLOCKS, LAYERS, PAGE = 32, 3, 10_000  # not a multiple of any sector
+PAYLOAD = LAYERS * PAGE
+
+
+class Rig:
+    """One rank: a KV cache in memory, an engine, a worker and the files of a store."""
+
+    def __init__(self, path, max_ops: int = 4096):
+        self.kv = [np.zeros((BLOCKS, PAGE), np.uint8) for _ in range(LAYERS)]
+        config = Config.parse({"nvme_path": str(path), "ssd_kv_offload_gb": 0.01})
+        self.store = Store.open(config, {"model": "test"}, PAYLOAD, ranks=1)
+        self.files = self.store.slot_files(0)
+        self.engine = Engine(EngineOptions(PAYLOAD, dram_slots=16, spare_slots=4, max_ops=max_ops))
+        self.engine.bind([[Region(layer.ctypes.data, PAGE, PAGE) for layer in self.kv]])
+        self.worker = Worker(self.engine, rank=0, group_bytes=[PAYLOAD])
+        self.worker.apply(TransferPlan(attach=(self.files,)))
+        self.jobs = 0
+
+    def close(self):
+        self.worker.close()
+        self.store.close()
+
+    def fill(self, seed: int) -> list[bytes]:
+        """Random bytes in every block; what each block holds now."""
+        rng = np.random.default_rng(seed)
+        for layer in self.kv:
+            layer[:] = rng.integers(0, 256, layer.shape, np.uint8)
+        return [b"".join(layer[block].tobytes() for layer in self.kv) for block in range(BLOCKS)]
+
+    def content(self, block: int) -> bytes:
+        return b"".join(layer[block].tobytes() for layer in self.kv)
+
+    def run(self, verb: str, blocks: BlockList) -> set[bytes]:
+        """Carries out a load or a store; the keys that failed."""
+        self.jobs += 1
+        getattr(self.worker, verb)(self.jobs, blocks)
+        self.worker.wait({self.jobs})
+        ((job, failed),) = self.worker.take_finished()
+        assert job == self.jobs
+        return failed
+
+    def demote(self, count: int, generation: int = 7) -> dict[int, int]:
+        self.worker.apply(
+            TransferPlan(demotions=tuple(Demotion(n, key(n), 0, generation, n, n) for n in range(count)))
+        )
+        report = self.worker.take_report()
+        while len(report.demoted) < count:
+            self.engine.wait(1.0)
+            self.worker.poll()
+            report.add(self.worker.take_report())
+        return report.failed_demotions
+
+
+@pytest.fixture
+def rig(tmp_path):
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+def key(number: int) -> bytes:
+    return b"block %03d" % number + bytes(27)
+
+
+def block_list(count: int, dram, ssd, kv_blocks, generation: int = 7) -> BlockList:
+    return BlockList(
+        keys=[key(number) for number in range(count)],
+        generations=np.full(count, generation, np.uint64),
+        dram_slots=np.array(dram, np.uint32),
+        ssd_slots=np.array(ssd, np.uint32),
+        kv_blocks=np.array(kv_blocks, np.int32),
+        groups=np.zeros(count, np.uint16),
+    )
+
+
+def stored(rig: Rig, count: int) -> list[bytes]:
+    """`count` blocks in DRAM and on SSD, slot n holding block n, and the KV cache overwritten."""
+    contents = rig.fill(seed=1)
+    assert rig.run("store", block_list(count, range(count), [NO_SLOT] * count, range(count))) == set()
+    assert rig.demote(count) == {}
+    rig.fill(seed=2)
+    return contents
+
+
+def test_blocks_come_back_from_dram_and_ssd_to_wherever_they_are_wanted(rig):
+    contents = stored(rig, 8)
+    targets = random.Random(3).sample(range(BLOCKS), 8)
+    dram = [0, NO_SLOT, 2, NO_SLOT, 14, 15, 6, NO_SLOT]  # 14 and 15: the block moves into DRAM on its way
+    ssd = [NO_SLOT, 1, NO_SLOT, 3, 4, 5, NO_SLOT, 7]
+    assert rig.run("load", block_list(8, dram, ssd, targets)) == set()
+    assert [rig.content(block) for block in targets] == contents[:8]
+    rig.fill(seed=4)
+    promoted = BlockList([key(4)], *(np.array([v], t) for v, t in ((7, np.uint64), (14, np.uint32), (NO_SLOT, np.uint32), (9, np.int32), (0, np.uint16))))  # fmt: skip
+    assert rig.run("load", promoted) == set()
+    assert rig.content(9) == contents[4]
+
+
+def test_a_damaged_slot_fails_its_block_alone(rig):
+    contents = stored(rig, 4)
+    with open(rig.files.paths[0], "r+b", buffering=0) as file:
+        file.seek(slot_offset(2, PAYLOAD) + 4096 + 12_345)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+        os.fsync(file.fileno())
+    before = rig.content(12)
+    assert rig.run("load", block_list(4, [NO_SLOT] * 4, range(4), range(10, 14))) == {key(2)}
+    assert [rig.content(10), rig.content(11), rig.content(13)] == [contents[0], contents[1], contents[3]]
+    assert rig.content(12) == before
+    report = rig.worker.take_report()
+    assert report.failed_keys == {key(2)}
+    assert report.counters["kvoffload_transfer_failures_total", "read", "EBADMSG"] == 1
+
+
+def test_a_slot_with_another_generation_is_a_failed_load(rig):
+    stored(rig, 2)
+    assert rig.run("load", block_list(2, [0, NO_SLOT], [NO_SLOT, 1], [5, 6], generation=8)) == {key(0), key(1)}
+
+
+def test_a_job_larger_than_the_engine_takes_is_carried_out_in_parts(tmp_path):
+    rig = Rig(tmp_path, max_ops=4)
+    contents = stored(rig, 16)
+    assert rig.run("load", block_list(16, [NO_SLOT] * 16, range(16), range(16))) == set()
+    assert [rig.content(block) for block in range(16)] == contents[:16]
+    rig.close()
+
+
+def test_slot_files_that_cannot_be_used_are_reported_and_dram_still_works(rig, tmp_path):
+    engine = Engine(EngineOptions(PAYLOAD, dram_slots=4, spare_slots=2))
+    engine.bind([[Region(layer.ctypes.data, PAGE, PAGE) for layer in rig.kv]])
+    worker = Worker(engine, rank=0, group_bytes=[PAYLOAD])
+    worker.apply(TransferPlan(attach=(SlotFiles((str(tmp_path / "none"),), 8, bytes(16)),)))
+    assert str(tmp_path / "none") in worker.take_report().attach_error
+    worker.store(1, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
+    worker.wait({1})
+    assert worker.take_finished() == [(1, set())]
+    worker.close()
+
+
+class DeafEngine:
+    """Accepts what it has room for and completes nothing."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def submit(self, ops, stream=0):
+        taken = min(self.room, len(ops))
+        self.room -= taken
+        return taken
+
+    def poll(self, max_completions=0):
+        return np.empty(0, COMPLETION_DTYPE)
+
+
+def test_operations_the_engine_never_had_room_for_fail_at_their_deadline(monkeypatch):
+    monkeypatch.setattr(worker_module, "LOAD_TIMEOUT_S", 0.0)
+    worker = Worker(DeafEngine(room=0), rank=0, group_bytes=[PAYLOAD])
+    worker.load(1, block_list(2, [NO_SLOT] * 2, [0, 1], [0, 1]))
+    worker.poll()
+    assert worker.take_finished() == [(1, {key(0), key(1)})]
+    report = worker.take_report()
+    assert report.counters["kvoffload_transfer_failures_total", "read", errno.errorcode[errno.ETIMEDOUT]] == 2
