@@ -64,10 +64,10 @@ def open_engine(name: str, kv: KVCache, files: SlotFiles | None = None, **change
     return engine
 
 
-def op(kind: OpKind, block: int = 0, dram: int = NO_SLOT, ssd: int = NO_SLOT, **fields: int) -> np.ndarray:
+def op(op_kind: OpKind, block: int = 0, dram: int = NO_SLOT, ssd: int = NO_SLOT, **fields: int) -> np.ndarray:
     """One operation on the block named `block`: the name gives its key, the generation is 1 unless told."""
     made = np.zeros(1, OP_DTYPE)
-    made["id"], made["kind"], made["kv_block"], made["dram_slot"], made["ssd_slot"] = block, kind, block, dram, ssd
+    made["id"], made["kind"], made["kv_block"], made["dram_slot"], made["ssd_slot"] = block, op_kind, block, dram, ssd
     made["generation"], made["key_len"] = 1, 36
     made["key"][0, :36] = np.frombuffer(f"key of block {block}".ljust(36).encode(), np.uint8)
     for name, value in fields.items():
