@@ -1,7 +1,6 @@
 """What a user may set in `kv_connector_extra_config`, checked once at start."""
 
 import difflib
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, Self
@@ -12,13 +11,14 @@ from .errors import ConfigError
 
 GB = 10**9
 AUTOMATIC = -1.0
+_GB_MAX = 10**9  # an exabyte
 
 
 def _as_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number of GB (10^9 bytes), not {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number of GB, not {value!r}")
+    if not abs(value) <= _GB_MAX:  # so written, NaN is refused too
+        raise ValueError(f"{name} must be a finite number of GB, at most {_GB_MAX}, not {value!r}")
     return float(value)
 
 

@@ -20,7 +20,9 @@ _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def explain(path: str, error: OSError) -> StoreError:
-    """The user's sentence for an operating system error met at `path`."""
+    """The user's sentence for an operating system error met at `path`, or below it if the error says where."""
+    if isinstance(error.filename, str) and os.path.isabs(error.filename):
+        path = error.filename
     if error.errno in _REFUSALS:
         return StoreError(
             f"{path} is not writable by uid {os.geteuid()} ({error.strerror}): "
@@ -68,7 +70,7 @@ class Directory:
                 pass
         try:
             child = Directory(path, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd))
-        except (NotADirectoryError, OSError) as error:
+        except OSError as error:
             if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                 raise
             raise StoreError(f"{path} is not a directory of kvoffload: remove it or name another nvme_path") from None
@@ -119,9 +121,10 @@ class Directory:
             os.fsync(fd)
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             os.fsync(self.fd)
-        except OSError:
+        except OSError as error:
             os.close(fd)
             self.remove(temporary)
+            error.filename, error.filename2 = os.path.join(self.path, name), None
             raise
         return fd
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..errors import StoreError
@@ -13,7 +13,7 @@ from . import capacity, journal, namespace, slotfile
 from .directory import Directory, explain
 from .journal import Index
 from .namespace import Identity, Lock, Manifest
-from .slotfile import REMEDY, Superblock
+from .slotfile import REMEDY, Growth, Superblock
 from .writer import JournalWriter
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class _Found:
     index: Index
     epoch: int  # of its last life; 0 if that is not known
     absent: frozenset[tuple[int, int]]  # (path index, rank) of slot files to be made anew
+    created: str  # when the namespace was
 
 
 def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int) -> Opened:
@@ -125,8 +126,15 @@ def _hold(root: Directory, name: str, on_failure: contextlib.ExitStack) -> tuple
     lock = namespace.hold_namespace(directory)
     on_failure.callback(lock.release)
     if is_new:
-        on_failure.callback(namespace.remove, root, directory)
+        on_failure.callback(_discard, root, directory)
     return directory, lock
+
+
+def _discard(root: Directory, directory: Directory) -> None:
+    try:
+        namespace.remove(root, directory)
+    except OSError as error:
+        logger.warning("%s was made and could not be removed again: %s", directory.path, error.strerror)
 
 
 def _places(directories: Sequence[Directory], identity: Identity, payload_bytes: int, ranks: int) -> tuple[Place, ...]:
@@ -152,8 +160,8 @@ def _inspect_or_discard(places: Sequence[Place], identity: Identity, resume: boo
         if resume:
             raise
         logger.warning("starting empty as asked, although: %s", error)
-        return _Found(Index(), 0, _every_file(places))
-    return found if resume else _Found(Index(), found.epoch, found.absent)
+        return _Found(Index(), 0, _every_file(places), namespace.now())
+    return found if resume else replace(found, index=Index())
 
 
 def _every_file(places: Sequence[Place]) -> frozenset[tuple[int, int]]:
@@ -162,8 +170,8 @@ def _every_file(places: Sequence[Place]) -> frozenset[tuple[int, int]]:
 
 def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
     """Read and compare everything, change nothing; StoreError if anything is not as a kvoffload leaves it."""
-    for index, place in enumerate(places):
-        _check_manifest(place.directory, index, len(places))
+    manifests = [_check_manifest(place.directory, index, len(places)) for index, place in enumerate(places)]
+    created = next((manifest.created for manifest in manifests if manifest), namespace.now())
     sizes = {
         (index, rank): slotfile.check(place.directory, superblock)
         for index, place in enumerate(places)
@@ -174,7 +182,7 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
         if any(size is not None and size > SUPERBLOCK_BYTES for size in sizes.values()):
             logger.warning("%s has no journal: starting with an empty cache", places[0].directory.path)
         # Without the journal nobody knows which generations the slots hold, so the slots go too.
-        return _Found(Index(), 0, _every_file(places))
+        return _Found(Index(), 0, _every_file(places), created)
     index_found, epoch = recovered
     for path_index, place in enumerate(places):
         highest = index_found.highest_slot(path_index, len(places))
@@ -186,16 +194,18 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
                     f"slot file {os.path.join(place.directory.path, superblock.file_name)} is truncated "
                     f"({size or 0} bytes, the journal knows of blocks up to byte {needed}): {REMEDY}"
                 )
-    return _Found(index_found, epoch, frozenset(file for file, size in sizes.items() if size is None))
+    absent = frozenset(file for file, size in sizes.items() if size is None)
+    return _Found(index_found, epoch, absent, created)
 
 
-def _check_manifest(directory: Directory, path_index: int, path_count: int) -> None:
+def _check_manifest(directory: Directory, path_index: int, path_count: int) -> Manifest | None:
     manifest = Manifest.read(directory)
     if manifest and (manifest.path_index, len(manifest.paths)) != (path_index, path_count):
         raise StoreError(
             f"{directory.path} was written as path {manifest.path_index + 1} of nvme_path {list(manifest.paths)}, "
             f"now it is path {path_index + 1} of {path_count}: list the paths as they were, or {REMEDY}"
         )
+    return manifest
 
 
 def _prepare(
@@ -215,10 +225,12 @@ def _prepare(
         for path_index, rank in sorted(found.absent):
             slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
     for path_index, place in enumerate(places):
-        Manifest(
-            path_index, tuple(paths), slot_count, geometry.path_bytes(path_index, slot_count), namespace.now()
-        ).write(place.directory, identity)
-    writer = JournalWriter(places[0].directory, found.index, slot_count, found.epoch + 1, identity.fingerprint)
+        reserved = geometry.path_bytes(path_index, slot_count)
+        Manifest(path_index, tuple(paths), slot_count, reserved, found.created).write(place.directory, identity)
+    growth = Growth((place.directory, superblock) for place in places for superblock in place.superblocks)
+    writer = JournalWriter(
+        places[0].directory, found.index, slot_count, found.epoch + 1, identity.fingerprint, growth.sync
+    )
     on_failure.callback(writer.close, CLOSE_SECONDS)
     # Only now: the old journal may have known of blocks beyond the new end.
     for place in places:

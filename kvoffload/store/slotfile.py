@@ -5,6 +5,7 @@ The engine grows the file and fills its slots; the store only ever makes, checks
 
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import xxhash
@@ -101,3 +102,26 @@ def shorten(directory: Directory, superblock: Superblock, slot_count: int) -> No
             os.ftruncate(fd, superblock.file_bytes(slot_count))
     finally:
         os.close(fd)
+
+
+class Growth:
+    """Makes the slot files' lengths durable, so that a journal that is durable never knows more blocks than they hold.
+
+    The engine writes slots and never syncs. After a power loss a slot's content may be gone, which its header tells;
+    a file that lost its end would look truncated by somebody's hand.
+    """
+
+    def __init__(self, files: Iterable[tuple[Directory, Superblock]]) -> None:
+        self._synced = {(directory, superblock.file_name): 0 for directory, superblock in files}
+
+    def sync(self) -> None:
+        """Sync the files that grew since the last call; OSError if one is gone or the disk fails."""
+        for (directory, name), synced in self._synced.items():
+            size = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_size
+            if size != synced:
+                fd = directory.open_file(name, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                self._synced[directory, name] = size

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from . import journal
+from ..types import KEY_BYTES_MAX
 from .directory import Directory, write_all
 from .journal import Entry, Index, Kind, Record
 
@@ -34,17 +35,18 @@ class JournalWriter:
         slot_count: int,
         epoch: int,
         fingerprint: bytes,
-        before_write: Callable[[], None] = lambda: None,
+        before_sync: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes the compacted journal at once (OSError if that fails), then starts the thread.
 
-        `before_write` runs in the thread before each batch; an OSError from it counts as the disk's failure.
+        `before_sync` runs in the thread before the journal is synced; an OSError from it counts as the disk's failure.
         """
         self._directory = directory
         self._index = index
+        self._slot_count = slot_count
         self._limit = journal.size_limit(slot_count)
         self._header = journal.encode_header(epoch, fingerprint)
-        self._before_write = before_write
+        self._before_sync = before_sync
 
         self._queue: deque[Record] = deque()
         self._pushed = 0  # written by the pushing thread only, so that neither counter needs a lock
@@ -134,8 +136,10 @@ class JournalWriter:
 
     def _drain(self) -> None:
         while batch := self._take():
+            sound = [record for record in batch if self._is_sound(record)]
+            self._dropped += len(batch) - len(sound)
             with self._changed:
-                batch = [record for record in batch if self._index.apply(record)]
+                batch = [record for record in sound if self._index.apply(*record)]
             if self._failed_at is not None:
                 self._dropped += len(batch)
                 continue
@@ -152,8 +156,16 @@ class JournalWriter:
         self._taken += len(batch)
         return batch
 
+    def _is_sound(self, record: Record) -> bool:
+        """Whether the format can hold it; a mistake of the caller must not end the thread."""
+        return (
+            len(record.key) <= KEY_BYTES_MAX
+            and 0 <= record.slot < self._slot_count
+            and 0 <= record.generation < 1 << 64
+            and 0 <= record.group < 1 << 16
+        )
+
     def _append(self, batch: list[Record]) -> None:
-        self._before_write()
         if self._size + len(batch) * journal.RECORD_BYTES > self._limit:
             self._compact()
             return
@@ -176,6 +188,7 @@ class JournalWriter:
     def _sync(self) -> None:
         if self._failed_at is None:
             try:
+                self._before_sync()
                 os.fdatasync(self._fd)
             except OSError as error:
                 self._fail(error)

@@ -1,0 +1,324 @@
+"""A store's life: blocks come, go, and are found again."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvoffload.errors import StoreError
+from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, ssd_slots
+from kvoffload.store import Identity, Store, journal
+from kvoffload.store.directory import Directory
+from kvoffload.store.journal import Index
+from kvoffload.store.writer import QUEUE_RECORDS, JournalWriter
+from tests.store.helpers import MB, PAYLOAD, key, namespace_of, open_store, slot_file, write_blocks
+
+
+def test_a_new_store_is_empty_private_and_sized_by_the_cap(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        assert store.entries() == []
+        assert store.slot_count == ssd_slots(20 * MB, PAYLOAD, 2, 1)
+        namespace = Path(store.directory)
+        assert sorted(each.name for each in namespace.iterdir()) == [
+            "index.journal",
+            "lock",
+            "manifest.json",
+            "rank0of2.slots",
+            "rank1of2.slots",
+        ]
+        for each in [namespace, namespace.parent]:
+            assert stat.S_IMODE(each.stat().st_mode) == 0o700
+        for each in namespace.iterdir():
+            assert stat.S_IMODE(each.stat().st_mode) == 0o600
+        manifest = json.loads((namespace / "manifest.json").read_text())
+        assert manifest["identity"]["fields"] == {"model": "m"}
+        assert manifest["slot_count"] == store.slot_count
+
+
+def test_slot_files_say_what_the_engine_needs(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        files = [store.slot_files(rank) for rank in range(2)]
+        assert [file.slot_count for file in files] == [store.slot_count] * 2
+        assert files[0].fingerprint != files[1].fingerprint
+        assert len(files[0].fingerprint) == 16
+        assert [os.path.basename(file.paths[0]) for file in files] == ["rank0of2.slots", "rank1of2.slots"]
+
+
+def test_blocks_are_found_again_least_recently_used_first(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(6))
+        store.touch([key(1), key(99), key(0)])
+        store.delete(key(3))
+        store.put(b"x", 4, store.next_generation(), 7)
+        before = [(2, 2), (5, 5), (1, 1), (0, 0)]
+    with open_store(tmp_path) as store:
+        found = store.entries()
+        assert [(entry.key, entry.slot) for entry in found] == [(key(k), s) for k, s in before] + [(b"x", 4)]
+        assert found[-1].group == 7
+        assert store.stats().resumed == 5
+
+
+def test_a_slot_belongs_to_the_last_block_put_into_it(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, [0])
+        store.put(b"other", 0, store.next_generation(), 0)
+        assert store.flush(5)
+        assert [entry.key for entry in store.entries()] == [b"other"]
+        store.delete(key(0))  # of a block already gone: must not free the slot of its successor
+    with open_store(tmp_path) as store:
+        assert [entry.key for entry in store.entries()] == [b"other"]
+
+
+def test_clear_forgets_everything(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(5))
+        store.clear()
+        store.put(key(9), 2, store.next_generation(), 0)
+    with open_store(tmp_path) as store:
+        assert [entry.key for entry in store.entries()] == [key(9)]
+
+
+def test_no_resume_starts_empty_and_keeps_the_files(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(5))
+        size, inode = slot_file(tmp_path).stat().st_size, slot_file(tmp_path).stat().st_ino
+    with open_store(tmp_path, resume_kv_cache=False) as store:
+        assert store.entries() == []
+        assert (slot_file(tmp_path).stat().st_size, slot_file(tmp_path).stat().st_ino) == (size, inode)
+    with open_store(tmp_path) as store:
+        assert store.entries() == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"resume_kv_cache": False}])
+def test_generations_never_come_twice_even_if_the_journal_lost_them(tmp_path: Path, settings: dict[str, bool]) -> None:
+    given: list[int] = []
+    for _ in range(3):
+        with open_store(tmp_path, **settings) as store:
+            given += [store.next_generation() for _ in range(100)]  # none of them put
+    assert len(set(given)) == 300
+    assert given == sorted(given)
+
+
+def test_another_identity_rank_count_or_size_is_another_namespace(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(3))
+    for other in (
+        lambda: open_store(tmp_path, model="n"),
+        lambda: open_store(tmp_path, ranks=1),
+    ):
+        with other() as store:
+            assert store.entries() == []
+    with open_store(tmp_path) as store:
+        assert len(store.entries()) == 3
+
+
+def test_identity_does_not_depend_on_the_order_of_fields() -> None:
+    one = Identity.of({"a": 1, "b": [2, None]}, 4096, 1)
+    assert one == Identity.of({"b": [2, None], "a": 1}, 4096, 1)
+    assert one.namespace != Identity.of({"a": 1, "b": [2, None]}, 8192, 1).namespace
+    assert len({one.rank_fingerprint(0, 1), one.rank_fingerprint(0, 2), one.rank_fingerprint(1, 2)}) == 3
+    with pytest.raises(TypeError):
+        Identity.of({"a": b"bytes"}, 4096, 1)
+
+
+def test_slots_are_striped_over_paths(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    with open_store(paths) as store:
+        assert store.slot_count == ssd_slots(20 * MB, PAYLOAD, 2, 2)
+        write_blocks(store, range(9))
+        assert [Path(each).parents[2].name for each in store.slot_files(1).paths] == ["a", "b"]
+        assert (namespace_of(paths[0]) / "index.journal").exists()
+        assert not (namespace_of(paths[1]) / "index.journal").exists()
+    with open_store(paths) as store:
+        assert len(store.entries()) == 9
+
+
+def test_a_second_engine_in_another_process_is_told_who_holds_the_namespace(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom tests.store.helpers import open_store\n"
+        "store = open_store(Path(sys.argv[1]))\nprint('open', flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout is not None and child.stdout.readline() == "open\n"
+            with pytest.raises(StoreError, match=f"in use by process {child.pid}"):
+                open_store(tmp_path)
+            with open_store(tmp_path, megabytes=60, model="n"):
+                pass  # another namespace is free
+        finally:
+            child.kill()
+            child.wait()
+    open_store(tmp_path).close()
+
+
+def test_the_lock_is_free_after_close_and_after_a_failed_open(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    with pytest.raises(StoreError):
+        open_store(tmp_path, megabytes=0.5)
+    store = open_store(tmp_path)
+    with pytest.raises(StoreError, match="in use"):
+        open_store(tmp_path)
+    store.close()
+    store.close()
+
+
+def test_a_failed_first_open_leaves_no_namespace(tmp_path: Path) -> None:
+    with pytest.raises(StoreError):
+        open_store(tmp_path, megabytes=0.5)
+    assert [each.name for each in (tmp_path / "kvoffload").iterdir()] == [".lock"]
+
+
+def test_the_journal_is_compacted_before_it_outgrows_its_share(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(10))
+        bound = journal.size_limit(store.slot_count)
+        for _ in range(500):
+            store.touch([key(number) for number in range(10)])
+            assert store.flush(5)
+            assert store.stats().journal_bytes <= bound
+        assert store.stats().compactions > 1
+        assert bound + store.slot_count * journal.RECORD_BYTES <= (
+            256 * 1024 - 64 * 1024 + store.slot_count * JOURNAL_BYTES_PER_SLOT
+        )
+    with open_store(tmp_path) as store:
+        assert len(store.entries()) == 10
+
+
+def test_records_the_format_cannot_hold_are_dropped_and_counted(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.put(b"k" * 41, 0, 1, 0)
+        store.put(b"k", store.slot_count, 1, 0)
+        store.put(b"k", 0, 1 << 64, 0)
+        store.put(b"k", 0, 1, 1 << 16)
+        write_blocks(store, [1])
+        store.put(b"k" * 40, 1, (1 << 64) - 1, (1 << 16) - 1)
+        assert store.flush(5)
+        assert store.stats().dropped == 4
+    with open_store(tmp_path) as store:
+        assert [tuple(entry) for entry in store.entries()] == [(b"k" * 40, 1, (1 << 64) - 1, (1 << 16) - 1)]
+
+
+class Disk:
+    """Stands before a directory's `replace` and before syncs; fails or hangs when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.broken = False
+        self.running = threading.Event()
+        self.running.set()
+        real = os.write
+        monkeypatch.setattr("kvoffload.store.directory.os.write", lambda fd, data: self.write(real, fd, data))
+
+    def write(self, real: Callable[[int, memoryview], int], fd: int, data: memoryview) -> int:
+        self.running.wait(30)
+        if self.broken:
+            real(fd, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return real(fd, data)
+
+
+def test_a_full_disk_loses_records_but_not_the_thread_and_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path)
+    write_blocks(store, range(5))
+    disk = Disk(monkeypatch)
+    disk.broken = True
+    for slot in range(5, 10):
+        write_blocks(store, [slot])
+    assert store.stats().dropped >= 5
+    assert caplog.text.count("cannot be written") == 1
+    disk.broken = False
+    store.close()  # tries once more, from its mirror of the index
+    with open_store(tmp_path) as store:
+        assert [entry.slot for entry in store.entries()] == list(range(10))
+
+
+def test_a_journal_torn_by_a_full_disk_gives_what_was_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    write_blocks(store, range(5))
+    with monkeypatch.context() as during:
+        Disk(during).broken = True
+        write_blocks(store, range(5, 10))
+        store.close()
+    with open_store(tmp_path) as store:
+        slots = [entry.slot for entry in store.entries()]
+        assert slots == list(range(len(slots)))
+        assert 5 <= len(slots) < 10
+
+
+def test_a_hanging_disk_never_blocks_the_caller_and_close_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path)
+    disk = Disk(monkeypatch)
+    disk.running.clear()
+    start = time.monotonic()
+    for _ in range(2 * QUEUE_RECORDS):
+        store.put(key(1), 1, 2, 0)
+    assert time.monotonic() - start < 5
+    assert store.stats().dropped > 0
+    assert caplog.text.count("too slow") == 1
+    assert not store.flush(0.1)
+    start = time.monotonic()
+    store.close()
+    assert time.monotonic() - start < 4
+    with pytest.raises(StoreError, match="in use"):
+        open_store(tmp_path)  # its thread may still write
+    disk.running.set()
+    store._writer._thread.join(20)
+
+
+def test_ten_thousand_changes_cost_the_scheduler_milliseconds(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        start = time.thread_time()
+        for number in range(10_000):
+            store.put(key(number % 100), number % 100, number, 0)
+        assert time.thread_time() - start < 0.5
+        assert store.flush(10)
+
+
+def test_compaction_at_run_time_keeps_order_and_content(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY))
+    writer = JournalWriter(directory, Index(), 8, 1, b"f" * 16)
+    expected = Index()
+    for number in range(5000):
+        record = journal.Record(journal.Kind.PUT, key(number % 11), number % 8, number, 0)
+        writer.push([record])
+        expected.apply(*record)
+    assert writer.flush(10)
+    assert writer.compactions > 1
+    assert writer.close(5)
+    found = journal.load(directory, b"f" * 16)
+    assert found is not None and found[0].entries() == expected.entries()
+    directory.close()
+
+
+def test_a_store_without_an_ssd_tier_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no SSD tier"):
+        open_store(tmp_path, megabytes=0)
+
+
+def test_the_package_needs_neither_vllm_nor_torch() -> None:
+    program = "import sys, kvoffload.store; assert not {'vllm', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_store_is_open_until_closed(tmp_path: Path) -> None:
+    store: Store = open_store(tmp_path)
+    threads = [thread for thread in threading.enumerate() if thread.name == "kvoffload-journal"]
+    assert len(threads) == 1
+    store.close()
+    assert not threads[0].is_alive()

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from kvoffload.config import Config
+from kvoffload.errors import ConfigError
+
+
+def message(mapping: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Config.parse(mapping)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_nothing_set_is_off() -> None:
+    config = Config.parse({})
+    assert not config.enabled
+    assert (config.dram_bytes, config.ssd_bytes, config.paths) == (0, 0, ())
+    assert config.resume_kv_cache
+
+
+def test_gb_is_ten_to_the_ninth() -> None:
+    config = Config.parse({"nvme_path": "/a", "dram_kv_offload_gb": 1.5, "ssd_kv_offload_gb": 3})
+    assert (config.dram_bytes, config.ssd_bytes) == (1_500_000_000, 3_000_000_000)
+
+
+def test_minus_one_is_automatic() -> None:
+    assert Config.parse({"nvme_path": "/a", "ssd_kv_offload_gb": -1}).ssd_bytes is None
+
+
+def test_disable_kv_cache_wins_over_sizes() -> None:
+    assert Config.parse({"dram_kv_offload_gb": 1}).enabled
+    assert not Config.parse({"dram_kv_offload_gb": 1, "disable_kv_cache": True}).enabled
+
+
+def test_one_path_or_a_list_of_paths_made_absolute() -> None:
+    assert Config.parse({"nvme_path": "/a/"}).paths == ("/a",)
+    assert Config.parse({"nvme_path": ["/b", "/a/../c"]}).paths == ("/b", "/c")
+    assert Config.parse({"nvme_path": None}).paths == ()
+
+
+def test_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        Config.parse({}).dram_kv_offload_gb = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("nvm_path", "nvme_path"), ("dram_gb", "dram_kv_offload_gb"), ("resume-kv-cache", "resume_kv_cache")],
+)
+def test_unknown_key_names_the_nearest(typed: str, meant: str) -> None:
+    assert message({typed: 1}) == f"unknown configuration key {typed!r}: did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize("name", ["dram_kv_offload_gb", "ssd_kv_offload_gb"])
+@pytest.mark.parametrize("value", ["10", "ten", True, False, None, [1], math.nan, math.inf, -math.inf, -0.5, -2])
+def test_a_size_that_is_no_size_is_refused(name: str, value: object) -> None:
+    assert name in message({"nvme_path": "/a", name: value})
+
+
+def test_dram_is_never_automatic() -> None:
+    assert "dram_kv_offload_gb must be 0 (off) or more, not -1" in message({"dram_kv_offload_gb": -1})
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, None])
+def test_a_switch_is_true_or_false(value: object) -> None:
+    assert message({"resume_kv_cache": value}) == f"resume_kv_cache must be true or false, not {value!r}"
+
+
+@pytest.mark.parametrize("size", [1, -1])
+def test_ssd_needs_a_path(size: int) -> None:
+    assert "nvme_path" in message({"ssd_kv_offload_gb": size})
+
+
+@pytest.mark.parametrize("value", ["", [""], ["/a", ""], 3, [3], {"a": 1}, True, "/a\0b"])
+def test_a_path_that_is_no_path_is_refused(value: object) -> None:
+    assert "nvme_path" in message({"nvme_path": value})
+
+
+def test_duplicate_paths_are_refused() -> None:
+    assert "/a more than once" in message({"nvme_path": ["/a", "/b", "/a/"]})
+
+
+@pytest.mark.parametrize("value", [10**400, 1e308, 1e10])
+def test_a_size_beyond_every_machine_is_refused(value: float) -> None:
+    assert "at most 1000000000" in message({"dram_kv_offload_gb": value})
