@@ -14,7 +14,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
-SANITIZERS = {"": [], "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "thread": ["-fsanitize=thread"]}
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
 LIBURING_CHECK = "#include <liburing.h>\nint check(void) { struct io_uring r; return io_uring_queue_init(8, &r, 0); }\n"
 LIBURING_STATIC = ["-l:liburing.a", "-Wl,--exclude-libs,ALL"]
 LIBURING_SHARED = ["-luring"]

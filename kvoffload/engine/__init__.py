@@ -15,7 +15,7 @@ from kvoffload.types import COMPLETION_DTYPE, OP_DTYPE, EngineOptions, Region, S
 
 __all__ = ["Engine"]
 
-if (_core.OP_BYTES, _core.COMPLETION_BYTES) != (OP_DTYPE.itemsize, COMPLETION_DTYPE.itemsize):
+if (OP_DTYPE.itemsize, COMPLETION_DTYPE.itemsize) != (_core.OP_BYTES, _core.COMPLETION_BYTES):
     raise ImportError("kvoffload.engine._core was built for other operations than kvoffload.types has; build it again")
 
 _IO_BACKENDS = {"auto": 0, "io_uring": 1, "threads": 2}

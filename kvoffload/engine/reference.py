@@ -34,8 +34,10 @@ from kvoffload.types import (
     SlotFiles,
 )
 
-SUPERBLOCK = struct.Struct("<8sIIIIIIQ16s")  # magic, version, rank, ranks, path index, path count, 0, payload, fingerprint
-SLOT_HEADER = struct.Struct("<8sIIQQ16sB7x40sQ16x")  # magic, version, slot, generation, bytes, fingerprint, key, checksum
+# magic, version, rank, ranks, path index, path count, 0, payload bytes, fingerprint
+SUPERBLOCK = struct.Struct("<8sIIIIIIQ16s")
+# magic, version, SSD slot, generation, payload bytes, fingerprint, key length, key, payload checksum
+SLOT_HEADER = struct.Struct("<8sIIQQ16sB7x40sQ16x")
 CHECKSUM = struct.Struct("<Q")  # follows either of them: XXH3-64 of what is before it
 TIMEOUT_DEFAULT_US = 30_000_000
 
@@ -157,7 +159,9 @@ class ReferenceEngine:
                 chains.append([op])
             linked = op["flags"] == OpFlag.LINK
         if linked or not all(self._is_well_formed(chain) for chain in chains):
-            raise ValueError("malformed operation: kind, flags, link, slot, group or key out of range, or nothing bound")
+            raise ValueError(
+                "malformed operation: kind, flags, link, slot, group or key out of range, or nothing bound"
+            )
         accepted = 0
         now = time.monotonic()
         with self._changed:

@@ -286,7 +286,9 @@ def test_describe_names_what_was_found(tmp_path: Path) -> None:
             assert text[0].startswith(f"io: {name} (")
             assert sum(line.startswith("file ") and ("O_DIRECT" in line) for line in text) == len(files.paths)
     with open_engine("auto", KVCache()) as engine:
-        assert engine.describe()[0].startswith(("io: io_uring (", "io: threads (io_uring", "io: threads (built without"))
+        assert engine.describe()[0].startswith(
+            ("io: io_uring (", "io: threads (io_uring", "io: threads (built without")
+        )
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from kvoffload.layout import HEADER_BYTES, slot_offset
+from kvoffload.types import NO_SLOT, SlotFiles
 from tests.engine.world import (
     BADMSG,
     CANCELED,
@@ -24,9 +27,6 @@ from tests.engine.world import (
     run_one,
     write,
 )
-
-from kvoffload.layout import HEADER_BYTES, slot_offset
-from kvoffload.types import NO_SLOT, SlotFiles
 
 IO_BACKENDS = ("io_uring", "threads")
 BATCHES = 60
@@ -128,7 +128,10 @@ def test_random_plans_give_the_same_statuses_and_bytes(tmp_path: Path, backend: 
     caches = [KVCache(seed), KVCache(seed)]
     files = [make_files(tmp_path / name) for name in ("c", "reference")]
     planner = Planner(seed)
-    with open_engine(backend, caches[0], files[0]) as engine, open_engine("reference", caches[1], files[1]) as reference:
+    with (
+        open_engine(backend, caches[0], files[0]) as engine,
+        open_engine("reference", caches[1], files[1]) as reference,
+    ):
         for _ in range(BATCHES):
             ops = planner.batch()
             if not ops:
@@ -147,8 +150,13 @@ def test_random_plans_give_the_same_statuses_and_bytes(tmp_path: Path, backend: 
         offset, flip = damage.randrange(HEADER_BYTES + 4096), 1 << damage.randrange(8)
         for one in files:
             edit(one, slot, offset, flip)
-    loads = [load(ssd=slot, to=number, **fields, id=number) for number, (slot, fields) in enumerate(planner.ssd.items())]
-    with open_engine(backend, caches[0], files[1]) as engine, open_engine("reference", caches[1], files[0]) as reference:
+    loads = [
+        load(ssd=slot, to=number, **fields, id=number) for number, (slot, fields) in enumerate(planner.ssd.items())
+    ]
+    with (
+        open_engine(backend, caches[0], files[1]) as engine,
+        open_engine("reference", caches[1], files[0]) as reference,
+    ):
         statuses = run(engine, *loads)
         assert statuses == run(reference, *loads)
     assert caches[0].everything() == caches[1].everything()

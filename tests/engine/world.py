@@ -59,6 +59,7 @@ def open_engine(name: str, kv: KVCache, files: SlotFiles | None = None, **change
     make = ReferenceEngine if name == "reference" else Engine
     engine = make(make_options("auto" if name == "reference" else name, **changes))
     engine.bind(kv.groups)
+    engine.kv = kv  # the engine has addresses only: the arrays must live as long
     if files is not None:
         engine.attach(files)
     return engine
