@@ -142,9 +142,7 @@ def _places(directories: Sequence[Directory], identity: Identity, payload_bytes:
         Place(
             directory,
             tuple(
-                Superblock(
-                    rank, ranks, index, len(directories), payload_bytes, identity.rank_fingerprint(rank, ranks)
-                )
+                Superblock(rank, ranks, index, len(directories), payload_bytes, identity.rank_fingerprint(rank, ranks))
                 for rank in range(ranks)
             ),
         )

@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from . import journal
 from ..types import KEY_BYTES_MAX
+from . import journal
 from .directory import Directory, write_all
-from .journal import Entry, Index, Kind, Record
+from .journal import Entry, Index, Record
 
 logger = logging.getLogger(__name__)
 

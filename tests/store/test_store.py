@@ -147,9 +147,7 @@ def test_a_second_engine_in_another_process_is_told_who_holds_the_namespace(tmp_
         "import sys, time\nfrom pathlib import Path\nfrom tests.store.helpers import open_store\n"
         "store = open_store(Path(sys.argv[1]))\nprint('open', flush=True)\ntime.sleep(60)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None and child.stdout.readline() == "open\n"
             with pytest.raises(StoreError, match=f"in use by process {child.pid}"):
@@ -244,9 +242,7 @@ def test_a_full_disk_loses_records_but_not_the_thread_and_is_repaired(
         assert [entry.slot for entry in store.entries()] == list(range(10))
 
 
-def test_a_journal_torn_by_a_full_disk_gives_what_was_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_journal_torn_by_a_full_disk_gives_what_was_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(tmp_path)
     write_blocks(store, range(5))
     with monkeypatch.context() as during:

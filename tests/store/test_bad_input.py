@@ -1,0 +1,310 @@
+"""What cannot be used is refused in one sentence that names the remedy, and nothing is destroyed."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from kvoffload.errors import StoreError
+from tests.store.helpers import namespace_of, open_store, slot_file, write_blocks
+
+OTHER_UID = 12345
+
+
+def refusal(paths: Path | list[Path], **settings: object) -> str:
+    with pytest.raises(StoreError) as caught:
+        open_store(paths, **settings)  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def contents(path: Path) -> dict[Path, bytes]:
+    """Every file below, but for locks: they carry the pid of the last who tried."""
+    return {each: each.read_bytes() for each in path.rglob("*") if each.is_file() and "lock" not in each.name}
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(6))
+    return tmp_path
+
+
+def assert_refused_and_curable(path: Path, pattern: str) -> None:
+    before = contents(path)
+    text = refusal(path)
+    assert re.search(pattern, text), text
+    assert "resume_kv_cache=false" in text
+    assert contents(path) == before
+    with open_store(path, resume_kv_cache=False) as store:
+        assert store.entries() == []
+        write_blocks(store, range(4))
+    with open_store(path) as store:
+        assert [entry.slot for entry in store.entries()] == list(range(4))
+
+
+def test_a_missing_path(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "no") == f"nvme_path {tmp_path}/no does not exist: create it or correct the path"
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_path_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "is not a directory" in refusal(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_path_that_is_a_symlink(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert "is a symbolic link" in refusal(tmp_path / "link")
+    assert not any((tmp_path / "real").iterdir())
+
+
+@pytest.mark.parametrize("name", ["kvoffload", "namespace", "rank0of2.slots", "index.journal", "manifest.json", "lock"])
+def test_a_symlink_below_the_path_is_never_followed(
+    filled: Path, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    namespace = namespace_of(filled)
+    victim = {"kvoffload": namespace.parent, "namespace": namespace}.get(name, namespace / name)
+    shutil.move(victim, outside / "target")
+    victim.symlink_to(outside / "target")
+    before = contents(outside)
+    text = refusal(filled)
+    assert str(victim) in text and "is not a" in text
+    assert contents(outside) == before
+
+
+def test_a_fifo_instead_of_a_file_does_not_hang(filled: Path) -> None:
+    journal = namespace_of(filled) / "index.journal"
+    journal.unlink()
+    os.mkfifo(journal)
+    assert "is not a regular file" in refusal(filled)
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A directory that an unprivileged process can reach; pytest's own are root's alone."""
+    path = Path(tempfile.mkdtemp(prefix="kvoffload-test-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def as_other_user(action: Callable[[], object]) -> str:
+    """What StoreError `action` meets in a process without privileges."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(OTHER_UID)
+            os.setuid(OTHER_UID)
+        try:
+            action()
+        except StoreError as error:
+            os.write(write_end, str(error).encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        text = pipe.read().decode()
+    os.waitpid(child, 0)
+    return text
+
+
+def test_a_path_that_is_not_writable(public_path: Path) -> None:
+    path = public_path / "nvme"
+    path.mkdir()
+    path.chmod(0o555)
+    if os.geteuid() == 0:
+        os.chown(path, OTHER_UID, OTHER_UID)
+    assert re.search(rf"{path} is not writable by uid \d+", as_other_user(lambda: open_store(path)))
+    assert not any(path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_path_owned_by_another_user(tmp_path: Path) -> None:
+    (tmp_path / "nvme").mkdir()
+    os.chown(tmp_path / "nvme", OTHER_UID, OTHER_UID)
+    text = refusal(tmp_path / "nvme")
+    assert f"nvme_path {tmp_path}/nvme is owned by another user (uid {OTHER_UID}, this process is uid 0)" in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_kvoffload_directory_owned_by_another_user(filled: Path) -> None:
+    os.chown(filled / "kvoffload", OTHER_UID, OTHER_UID)
+    assert f"{filled}/kvoffload is owned by another user (uid {OTHER_UID}" in refusal(filled)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_journal_owned_by_another_user(filled: Path) -> None:
+    os.chown(namespace_of(filled) / "index.journal", OTHER_UID, OTHER_UID)
+    assert "index.journal is not a regular file of uid 0" in refusal(filled)
+
+
+def test_a_mount_point_of_root_that_all_may_write_to_serves_every_user(public_path: Path) -> None:
+    public_path.chmod(0o1777)
+    assert as_other_user(lambda: open_store(public_path).close()) == ""
+
+
+def test_one_directory_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    identity = os.stat(tmp_path)
+    real = os.fstat
+    with monkeypatch.context() as seam:  # a bind mount, as far as fstat tells
+        seam.setattr(
+            "kvoffload.store.opening.os.fstat", lambda fd: identity if real(fd).st_mode & 0o40000 else real(fd)
+        )
+        assert "are one directory" in refusal(paths)
+
+
+def test_a_slot_file_cut_within_its_superblock(filled: Path) -> None:
+    os.truncate(slot_file(filled, rank=1), 4095)
+    assert_refused_and_curable(filled, r"slot file .*rank1of2.slots is truncated \(4095 bytes")
+
+
+def test_a_slot_file_cut_below_what_the_journal_knows(filled: Path) -> None:
+    file = slot_file(filled)
+    os.truncate(file, file.stat().st_size - 1)
+    assert_refused_and_curable(filled, r"slot file .*rank0of2.slots is truncated")
+
+
+def test_a_slot_file_that_is_gone(filled: Path) -> None:
+    slot_file(filled).unlink()
+    assert_refused_and_curable(filled, r"slot file .*rank0of2.slots is truncated \(0 bytes")
+
+
+def test_a_slot_file_cut_beyond_what_the_journal_knows_is_fine(filled: Path) -> None:
+    os.truncate(slot_file(filled), slot_file(filled).stat().st_size + 4096)
+    with open_store(filled) as store:
+        assert len(store.entries()) == 6
+
+
+def rewrite(path: Path, offset: int, data: bytes, covered: int) -> None:
+    """Change a header and make its checksum right again."""
+    with open(path, "r+b") as file:
+        header = bytearray(file.read(covered))
+        header[offset : offset + len(data)] = data
+        file.seek(0)
+        file.write(bytes(header) + struct.pack("<Q", xxhash.xxh3_64_intdigest(bytes(header))))
+
+
+def test_a_slot_file_of_a_newer_format(filled: Path) -> None:
+    rewrite(slot_file(filled), 8, struct.pack("<I", 2), 56)
+    assert_refused_and_curable(filled, r"slot file .*rank0of2.slots has format 2, newer than 1")
+
+
+@pytest.mark.parametrize(
+    ("offset", "field"),
+    [
+        (12, struct.pack("<I", 1)),
+        (16, struct.pack("<I", 3)),
+        (20, struct.pack("<I", 1)),
+        (24, struct.pack("<I", 2)),
+        (32, struct.pack("<Q", 4096)),
+        (40, b"x" * 16),
+    ],
+)
+def test_a_slot_file_of_another_geometry(filled: Path, offset: int, field: bytes) -> None:
+    rewrite(slot_file(filled), offset, field, 56)
+    assert_refused_and_curable(filled, r"slot file .*rank0of2.slots has another geometry")
+
+
+@pytest.mark.parametrize("offset", [0, 12, 40, 56, 63])
+def test_a_damaged_superblock(filled: Path, offset: int) -> None:
+    with open(slot_file(filled), "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+    assert_refused_and_curable(filled, r"slot file .*rank0of2.slots is damaged")
+
+
+def test_a_journal_of_a_newer_format(filled: Path) -> None:
+    rewrite(namespace_of(filled) / "index.journal", 8, struct.pack("<I", 2), 56)
+    assert_refused_and_curable(filled, r"journal .*index.journal has format 2, newer than 1")
+
+
+@pytest.mark.parametrize("length", [0, 1, 63])
+def test_a_journal_shorter_than_its_header(filled: Path, length: int) -> None:
+    os.truncate(namespace_of(filled) / "index.journal", length)
+    assert_refused_and_curable(filled, rf"journal .*index.journal is truncated \({length} bytes")
+
+
+def test_a_journal_that_is_something_else(filled: Path) -> None:
+    (namespace_of(filled) / "index.journal").write_bytes(b"x" * 1000)
+    assert_refused_and_curable(filled, r"journal .*index.journal is damaged")
+
+
+def test_a_journal_of_another_namespace(filled: Path) -> None:
+    rewrite(namespace_of(filled) / "index.journal", 24, b"x" * 16, 56)
+    assert_refused_and_curable(filled, r"journal .*index.journal belongs to another namespace")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1}', '{"format_version": "x"}', "\0\xff"])
+def test_an_unreadable_manifest(filled: Path, text: str) -> None:
+    (namespace_of(filled) / "manifest.json").write_text(text, encoding="latin-1")
+    assert_refused_and_curable(filled, r"manifest.json is damaged")
+
+
+def test_a_manifest_of_a_newer_format(filled: Path) -> None:
+    path = namespace_of(filled) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    assert_refused_and_curable(filled, r"manifest.json has format 2, newer than 1")
+
+
+def test_a_list_of_paths_in_another_order_or_number(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.mkdir()
+    with open_store(paths[:2]) as store:
+        write_blocks(store, range(6))
+    before = contents(tmp_path)
+    for other in ([paths[1], paths[0]], paths, paths[:1], paths[1:2]):
+        text = refusal(other)
+        assert "list the paths as they were, or set resume_kv_cache=false" in text
+        assert str(paths[0]) in text and str(paths[1]) in text
+    assert contents(tmp_path) == before
+    with open_store(paths[:2]) as store:
+        assert len(store.entries()) == 6
+    with open_store([paths[1], paths[0]], resume_kv_cache=False) as store:
+        assert store.entries() == []
+        write_blocks(store, range(6))
+    with open_store([paths[1], paths[0]]) as store:
+        assert len(store.entries()) == 6
+
+
+def test_a_path_that_moved_is_the_same_cache(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    with open_store(tmp_path / "before") as store:
+        write_blocks(store, range(6))
+    (tmp_path / "before").rename(tmp_path / "after")
+    with open_store(tmp_path / "after") as store:
+        assert len(store.entries()) == 6
+        assert store.directory.startswith(str(tmp_path / "after"))
+
+
+def test_the_message_of_an_operating_system_error_names_the_file(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as seam:
+        seam.setattr("kvoffload.store.directory.os.rename", fail)
+        text = refusal(filled)
+    assert text == (
+        f"{namespace_of(filled)}/manifest.json cannot be used (Input/output error): "
+        "check the drive or name another nvme_path"
+    )
+    with open_store(filled) as store:
+        assert len(store.entries()) == 6

@@ -1,0 +1,247 @@
+"""One cap for everything below kvoffload/, in physical bytes, whoever wrote it."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvoffload.errors import StoreError
+from kvoffload.layout import SLOTS_MIN, ssd_slots
+from kvoffload.store.capacity import Geometry, PathUse, decide_slots
+from tests.store.helpers import MB, PAYLOAD, namespace_of, open_store, slot_file, used_bytes, write_blocks
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tests.store.helpers import open_store
+store = open_store(Path(sys.argv[1]), float(sys.argv[2]), model=sys.argv[3])
+print(store.slot_count, store.stats().reserved_bytes, flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def live_engine(path: Path, megabytes: float, model: str) -> Iterator[tuple[int, int]]:
+    """Another process with an open store; gives its slot count and reserved bytes."""
+    command = [sys.executable, "-c", HOLDER, str(path), str(megabytes), model]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            slots, reserved = child.stdout.readline().split()
+            yield int(slots), int(reserved)
+        finally:
+            child.kill()
+            child.wait()
+
+
+def figures(error: StoreError) -> list[int]:
+    return [int(figure) for figure in re.findall(r"(?<![\w.])\d{4,}(?![\w.])", str(error))]
+
+
+def test_a_full_store_stays_under_its_cap(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        for _ in range(3):
+            write_blocks(store, range(store.slot_count))
+        assert store.stats().reserved_bytes <= 20 * MB
+        assert used_bytes(tmp_path / "kvoffload") <= 20 * MB
+
+
+def test_several_namespaces_share_one_cap(tmp_path: Path) -> None:
+    slots = []
+    for model in "abc":
+        with open_store(tmp_path, 20, model=model) as store:
+            slots.append(store.slot_count)
+            write_blocks(store, range(min(40, store.slot_count)))
+            assert used_bytes(tmp_path / "kvoffload") + 4096 <= 20 * MB
+    assert slots[0] > slots[1] > slots[2] >= SLOTS_MIN
+
+
+def test_a_live_engine_counts_with_all_it_was_promised(tmp_path: Path) -> None:
+    with live_engine(tmp_path, 12, "other") as (_, reserved):
+        assert 11 * MB < reserved <= 12 * MB
+        with open_store(tmp_path, 20) as store:
+            assert store.stats().reserved_bytes + reserved <= 20 * MB
+            assert store.slot_count >= SLOTS_MIN
+    with open_store(tmp_path, 20) as store:  # it was killed, having written nothing
+        assert store.slot_count > ssd_slots(19 * MB, PAYLOAD, 2, 1)
+
+
+def test_two_engines_that_start_at_once_do_not_get_the_same_bytes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), "20"]
+    children = [
+        subprocess.Popen([*command, model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for model in "abcd"
+    ]
+    reserved = []
+    try:
+        for child in children:
+            assert child.stdout is not None and child.stderr is not None
+            line = child.stdout.readline()
+            if line:
+                reserved.append(int(line.split()[1]))
+            else:
+                assert "StoreError: ssd_kv_offload_gb allows" in child.stderr.read()
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+    assert reserved
+    assert sum(reserved) <= 20 * MB
+
+
+def test_no_room_left_by_other_namespaces_is_said_with_figures(tmp_path: Path) -> None:
+    with open_store(tmp_path, 20, model="big") as store:
+        write_blocks(store, range(store.slot_count))
+        held = used_bytes(Path(store.directory))
+    with pytest.raises(StoreError, match="clean_obsolete_kv_cache=true") as caught:
+        open_store(tmp_path, 20)
+    allowed, others, needed = figures(caught.value)
+    assert allowed == 20 * MB
+    assert held <= others <= held + 8192
+    assert allowed - others < needed < 3 * MB
+    with open_store(tmp_path, 20, clean_obsolete_kv_cache=True) as store:
+        assert store.slot_count == ssd_slots(20 * MB, PAYLOAD, 2, 1)
+
+
+def test_a_cap_of_fewer_than_the_useful_minimum_says_how_much_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=f"{SLOTS_MIN} blocks needs") as caught:
+        open_store(tmp_path, 1)
+    needed = figures(caught.value)[-1]
+    with pytest.raises(StoreError):
+        open_store(tmp_path, (needed - 1) / MB)
+    with open_store(tmp_path, needed / MB) as store:
+        assert store.slot_count == SLOTS_MIN
+
+
+def test_clean_removes_only_namespaces_that_nobody_holds(tmp_path: Path) -> None:
+    for model in ("old", "older"):
+        open_store(tmp_path, model=model).close()
+    root = tmp_path / "kvoffload"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "manifest.json").write_text("precious")
+    (root / ("a" * 32)).symlink_to(outside)
+    (root / "notes").mkdir()
+    (root / "notes" / "lock").write_text("mine")
+    (root / ("b" * 32)).write_text("a file")
+    crowded = next(each for each in root.iterdir() if re.fullmatch("[0-9a-f]{32}", each.name) and each.is_dir())
+    (crowded / "letter.txt").write_text("mine")
+    with live_engine(tmp_path, 5, "live"), open_store(tmp_path, clean_obsolete_kv_cache=True) as store:
+        left = {each.name for each in root.iterdir()}
+        held = {each.name for each in root.iterdir() if (each / "rank0of2.slots").exists()}
+        assert len(held) == 2 and Path(store.directory).name in held
+        assert left == held | {".lock", "notes", "a" * 32, "b" * 32, crowded.name}
+        assert (outside / "manifest.json").read_text() == "precious"
+        assert [each.name for each in crowded.iterdir()] == ["letter.txt"]
+
+
+def test_without_clean_nothing_of_others_is_removed(tmp_path: Path) -> None:
+    with open_store(tmp_path, model="old") as store:
+        write_blocks(store, range(5))
+        old = Path(store.directory)
+        before = {each.name: each.read_bytes() for each in old.iterdir()}
+    open_store(tmp_path).close()
+    assert {each.name: each.read_bytes() for each in old.iterdir()} == before
+
+
+def test_shrinking_the_cap_drops_the_blocks_beyond_and_gives_their_space_back(tmp_path: Path) -> None:
+    with open_store(tmp_path, 20) as store:
+        write_blocks(store, reversed(range(store.slot_count)))
+    with open_store(tmp_path, 8) as store:
+        assert [entry.slot for entry in store.entries()] == list(reversed(range(store.slot_count)))
+        assert store.slot_count == ssd_slots(8 * MB, PAYLOAD, 2, 1)
+        assert used_bytes(tmp_path / "kvoffload") <= 8 * MB
+    with open_store(tmp_path, 30) as store:
+        assert store.slot_count == ssd_slots(30 * MB, PAYLOAD, 2, 1)
+        assert len(store.entries()) == ssd_slots(8 * MB, PAYLOAD, 2, 1)
+        write_blocks(store, range(store.slot_count))
+        assert used_bytes(tmp_path / "kvoffload") <= 30 * MB
+
+
+def test_several_paths_share_the_cap_evenly_and_the_fullest_decides(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    with open_store(paths[1], 6, model="other") as store:
+        write_blocks(store, range(store.slot_count))
+        held = used_bytes(Path(store.directory))
+    with open_store(paths, 20) as store:
+        assert store.slot_count == ssd_slots(20 * MB - 2 * held, PAYLOAD, 2, 2)
+        write_blocks(store, range(store.slot_count))
+        assert sum(used_bytes(path / "kvoffload") for path in paths) <= 20 * MB
+
+
+def test_automatic_takes_most_of_what_is_free_and_settles(tmp_path: Path) -> None:
+    found = os.statvfs(tmp_path)
+    free = found.f_bavail * found.f_frsize
+    with open_store(tmp_path, -1000) as store:
+        assert 0.7 * free < store.stats().reserved_bytes < 0.85 * free
+        write_blocks(store, range(20))
+        slots = store.slot_count
+    with open_store(tmp_path, -1000) as store:
+        assert store.slot_count == pytest.approx(slots, rel=0.05)
+
+
+def test_less_free_than_the_cap_is_said_with_both_figures(tmp_path: Path) -> None:
+    found = os.statvfs(tmp_path)
+    cap = 2 * found.f_blocks * found.f_frsize
+    with pytest.raises(StoreError, match="bytes free but ssd_kv_offload_gb needs") as caught:
+        open_store(tmp_path, cap / MB)
+    free, needed = figures(caught.value)
+    assert free == pytest.approx(found.f_bavail * found.f_frsize, rel=0.1)
+    assert needed == pytest.approx(cap, rel=0.01)
+
+
+def use(path: str, device: int = 1, free: int = 100 * MB, own: int = 0, others: int = 0, pending: int = 0) -> PathUse:
+    return PathUse(path, device, free, own, others, pending)
+
+
+GEOMETRY = Geometry(PAYLOAD, 2, 2)
+
+
+def test_two_paths_on_one_drive_do_not_count_its_free_space_twice() -> None:
+    with pytest.raises(StoreError, match="/a and /b has 100000000 bytes free"):
+        decide_slots(150 * MB, [use("/a"), use("/b")], GEOMETRY)
+    assert decide_slots(150 * MB, [use("/a", 1), use("/b", 2)], GEOMETRY)
+    assert GEOMETRY.total_bytes(decide_slots(None, [use("/a"), use("/b")], GEOMETRY)) <= 80 * MB
+
+
+def test_what_live_engines_have_not_allocated_yet_is_not_free() -> None:
+    assert decide_slots(90 * MB, [use("/a", 1), use("/b", 2)], GEOMETRY)
+    with pytest.raises(StoreError, match="/a has 40000000 bytes free"):
+        decide_slots(90 * MB, [use("/a", 1, pending=60 * MB), use("/b", 2)], GEOMETRY)
+
+
+def test_what_the_namespace_already_has_need_not_be_free() -> None:
+    assert decide_slots(150 * MB, [use("/a", own=60 * MB), use("/b", own=60 * MB)], GEOMETRY)
+
+
+def test_the_emptier_drive_does_not_help_the_fuller_one() -> None:
+    slots = decide_slots(None, [use("/a", 1, free=10 * MB), use("/b", 2, free=1000 * MB)], GEOMETRY)
+    assert GEOMETRY.total_bytes(slots) <= 16 * MB
+
+
+def test_automatic_on_a_full_drive_says_so() -> None:
+    with pytest.raises(StoreError, match=r"ssd_kv_offload_gb=-1 takes 80% of what is free"):
+        decide_slots(None, [use("/a", free=1000)], Geometry(PAYLOAD, 2, 1))
+
+
+@pytest.mark.parametrize("paths", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_what_is_reserved_never_exceeds_the_budget(paths: int, ranks: int) -> None:
+    for payload in (1, 4096, 100_000, 2 << 20):
+        geometry = Geometry(payload, ranks, paths)
+        for budget in (3 * MB, 50 * MB, 10**9 + 7):
+            assert geometry.total_bytes(geometry.slots(budget)) <= budget or geometry.slots(budget) == 0
+
+
+def test_a_truncated_file_of_another_namespace_does_not_matter(tmp_path: Path) -> None:
+    open_store(tmp_path, model="other").close()
+    (namespace_of(tmp_path) / "manifest.json").write_text("{")
+    os.truncate(slot_file(tmp_path), 3)
+    open_store(tmp_path).close()
