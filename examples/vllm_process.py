@@ -30,7 +30,7 @@ CONNECTOR_MODULE = "kvoffload.vllm.connector"
 ENGINE_DEFAULTS = {
     "dtype": "float32",  # in bfloat16 a small random model answers in ties
     "block_size": 32,  # the CPU attention backend wants a multiple of 32
-    "max_model_len": 4096,
+    "max_model_len": 3072,
     "enforce_eager": True,  # compiling would add minutes to the start
     "seed": 0,
 }
@@ -89,7 +89,6 @@ def child_environment(ranks: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": cpu_binding(ranks),
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     return {**os.environ, **ours}
 

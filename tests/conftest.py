@@ -1,0 +1,23 @@
+"""What all tests share: seeds that are printed, and the examples directory on the import path."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))  # the end-to-end tests drive vLLM with the demo's helpers
+
+SEED = int(os.environ.get("KVOFFLOAD_TEST_SEED", random.SystemRandom().randrange(2**32)))
+
+
+def pytest_report_header() -> str:
+    return f"random tests: run again with KVOFFLOAD_TEST_SEED={SEED}"
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """One seed for the whole run, printed in pytest's header."""
+    return SEED
