@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever python3 there is
     sys.exit(f"kvoffload needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")
 
 import tomllib  # new in 3.11
