@@ -3,6 +3,7 @@
 A file made by `replace` is whole or absent after a kill at any moment.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -63,11 +64,9 @@ class Directory:
         """Open a directory below. FileNotFoundError if there is none and it is not to be created."""
         path = os.path.join(self.path, name)
         if create:
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(name, DIRECTORY_MODE, dir_fd=self.fd)
                 os.fsync(self.fd)
-            except FileExistsError:
-                pass
         try:
             child = Directory(path, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd))
         except OSError as error:
@@ -130,10 +129,8 @@ class Directory:
 
     def remove(self, name: str) -> None:
         """Remove a file (or the symlink itself) if it is there."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
-        except FileNotFoundError:
-            pass
 
     def names(self) -> list[str]:
         return sorted(os.listdir(self.fd))

@@ -13,7 +13,7 @@ import pytest
 
 from kvoffload.errors import StoreError
 from kvoffload.store import Entry, journal
-from kvoffload.store.journal import HEADER_BYTES, RECORD_BYTES, Index, Kind, Record
+from kvoffload.store.journal import HEADER_BYTES, RECORD_BYTES, Kind, Record
 from tests.store.helpers import namespace_of, open_store, slot_file, write_blocks
 
 FINGERPRINT = b"f" * 16
