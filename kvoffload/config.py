@@ -99,9 +99,7 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.ssd_kv_offload_gb != 0 and not self.nvme_path:
-            raise ValueError(
-                "ssd_kv_offload_gb is set but nvme_path is not: name the directory that may hold the cache"
-            )
+            raise ValueError("ssd_kv_offload_gb is set but nvme_path is not: name the directory that may hold the cache")
         return self
 
 

@@ -26,8 +26,7 @@ def explain(path: str, error: OSError) -> StoreError:
         path = error.filename
     if error.errno in _REFUSALS:
         return StoreError(
-            f"{path} is not writable by uid {os.geteuid()} ({error.strerror}): "
-            "change its permissions or name another nvme_path"
+            f"{path} is not writable by uid {os.geteuid()} ({error.strerror}): change its permissions or name another nvme_path"
         )
     return StoreError(f"{path} cannot be used ({error.strerror}): check the drive or name another nvme_path")
 
@@ -155,9 +154,7 @@ class Directory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 

@@ -26,8 +26,9 @@ LOCK = "lock"
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES_MAX = 1 << 20
 _NAMESPACE_PATTERN = re.compile(r"[0-9a-f]{32}")
-_ROOT_LOCK_SECONDS = 60.0
-_ROOT_LOCK_POLL_SECONDS = 0.05
+ROOT_LOCK_SECONDS = 60.0
+NAMESPACE_LOCK_SECONDS = 5.0
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,24 +100,29 @@ def holder(directory: Directory, name: str) -> str:
 
 def hold_root(root: Directory) -> Lock:
     """Hold the lock under which capacity is decided and namespaces come and go; waits for others, not forever."""
-    deadline = time.monotonic() + _ROOT_LOCK_SECONDS
-    while (lock := Lock.try_hold(root, ROOT_LOCK)) is None:
-        if time.monotonic() > deadline:
-            raise StoreError(
-                f"{root.path} has been locked for {_ROOT_LOCK_SECONDS:.0f} s by {holder(root, ROOT_LOCK)}, "
-                "which is opening or cleaning a store there: stop it or wait for it"
-            )
-        time.sleep(_ROOT_LOCK_POLL_SECONDS)
+    lock = _wait_for(root, ROOT_LOCK, ROOT_LOCK_SECONDS)
+    if lock is None:
+        raise StoreError(
+            f"{root.path} has been locked for {ROOT_LOCK_SECONDS:.0f} s by {holder(root, ROOT_LOCK)}, "
+            "which is opening or cleaning a store there: stop it or wait for it"
+        )
     return lock
 
 
 def hold_namespace(directory: Directory) -> Lock:
-    lock = Lock.try_hold(directory, LOCK)
+    """Hold a namespace; waits a little, because an engine that was just killed may take seconds to be gone."""
+    lock = _wait_for(directory, LOCK, NAMESPACE_LOCK_SECONDS)
     if lock is None:
         raise StoreError(
-            f"{directory.path} is in use by {holder(directory, LOCK)}: stop that engine, "
-            "or give this one another nvme_path"
+            f"{directory.path} is in use by {holder(directory, LOCK)}: stop that engine, or give this one another nvme_path"
         )
+    return lock
+
+
+def _wait_for(directory: Directory, name: str, seconds: float) -> Lock | None:
+    deadline = time.monotonic() + seconds
+    while (lock := Lock.try_hold(directory, name)) is None and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
     return lock
 
 

@@ -226,9 +226,7 @@ def _prepare(
         reserved = geometry.path_bytes(path_index, slot_count)
         Manifest(path_index, tuple(paths), slot_count, reserved, found.created).write(place.directory, identity)
     growth = Growth((place.directory, superblock) for place in places for superblock in place.superblocks)
-    writer = JournalWriter(
-        places[0].directory, found.index, slot_count, found.epoch + 1, identity.fingerprint, growth.sync
-    )
+    writer = JournalWriter(places[0].directory, found.index, slot_count, found.epoch + 1, identity.fingerprint, growth.sync)
     on_failure.callback(writer.close, CLOSE_SECONDS)
     # Only now: the old journal may have known of blocks beyond the new end.
     for place in places:

@@ -74,9 +74,7 @@ def check(directory: Directory, superblock: Superblock) -> int | None:
         size = os.fstat(fd).st_size
     path = os.path.join(directory.path, superblock.file_name)
     if len(found) < SUPERBLOCK_BYTES:
-        raise StoreError(
-            f"slot file {path} is truncated ({size} bytes, its superblock has {SUPERBLOCK_BYTES}): {REMEDY}"
-        )
+        raise StoreError(f"slot file {path} is truncated ({size} bytes, its superblock has {SUPERBLOCK_BYTES}): {REMEDY}")
     fields = _FIELDS.unpack_from(found)
     if fields[0] != MAGIC:
         raise StoreError(f"slot file {path} is damaged (not a kvoffload slot file): {REMEDY}")

@@ -15,14 +15,10 @@ MB = 10**6
 
 def config(paths: Path | Iterable[Path], megabytes: float = 20, **settings: Any) -> Config:
     listed = [paths] if isinstance(paths, Path) else list(paths)
-    return Config.parse(
-        {"nvme_path": [str(path) for path in listed], "ssd_kv_offload_gb": megabytes / 1000, **settings}
-    )
+    return Config.parse({"nvme_path": [str(path) for path in listed], "ssd_kv_offload_gb": megabytes / 1000, **settings})
 
 
-def open_store(
-    paths: Path | Iterable[Path], megabytes: float = 20, model: str = "m", ranks: int = 2, **settings: Any
-) -> Store:
+def open_store(paths: Path | Iterable[Path], megabytes: float = 20, model: str = "m", ranks: int = 2, **settings: Any) -> Store:
     return Store.open(config(paths, megabytes, **settings), {"model": model}, PAYLOAD, ranks)
 
 

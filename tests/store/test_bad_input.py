@@ -70,9 +70,7 @@ def test_a_path_that_is_a_symlink(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["kvoffload", "namespace", "rank0of2.slots", "index.journal", "manifest.json", "lock"])
-def test_a_symlink_below_the_path_is_never_followed(
-    filled: Path, tmp_path_factory: pytest.TempPathFactory, name: str
-) -> None:
+def test_a_symlink_below_the_path_is_never_followed(filled: Path, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     outside = tmp_path_factory.mktemp("outside")
     namespace = namespace_of(filled)
     victim = {"kvoffload": namespace.parent, "namespace": namespace}.get(name, namespace / name)
@@ -163,9 +161,7 @@ def test_one_directory_under_two_names(tmp_path: Path, monkeypatch: pytest.Monke
     identity = os.stat(tmp_path)
     real = os.fstat
     with monkeypatch.context() as seam:  # a bind mount, as far as fstat tells
-        seam.setattr(
-            "kvoffload.store.opening.os.fstat", lambda fd: identity if real(fd).st_mode & 0o40000 else real(fd)
-        )
+        seam.setattr("kvoffload.store.opening.os.fstat", lambda fd: identity if real(fd).st_mode & 0o40000 else real(fd))
         assert "are one directory" in refusal(paths)
 
 
@@ -303,8 +299,7 @@ def test_the_message_of_an_operating_system_error_names_the_file(filled: Path, m
         seam.setattr("kvoffload.store.directory.os.rename", fail)
         text = refusal(filled)
     assert text == (
-        f"{namespace_of(filled)}/manifest.json cannot be used (Input/output error): "
-        "check the drive or name another nvme_path"
+        f"{namespace_of(filled)}/manifest.json cannot be used (Input/output error): check the drive or name another nvme_path"
     )
     with open_store(filled) as store:
         assert len(store.entries()) == 6

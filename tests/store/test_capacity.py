@@ -73,10 +73,7 @@ def test_a_live_engine_counts_with_all_it_was_promised(tmp_path: Path) -> None:
 
 def test_two_engines_that_start_at_once_do_not_get_the_same_bytes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path), "20"]
-    children = [
-        subprocess.Popen([*command, model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for model in "abcd"
-    ]
+    children = [subprocess.Popen([*command, model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for model in "abcd"]
     reserved = []
     try:
         for child in children:

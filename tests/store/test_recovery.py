@@ -107,9 +107,7 @@ def test_records_swapped_repeated_or_zeroed_end_the_journal(generator: random.Ra
 
 
 @pytest.mark.parametrize("extra", [b"\0" * 4096, b"x" * 71, b"x" * 1000])
-def test_a_store_opens_with_garbage_after_its_journal(
-    tmp_path: Path, extra: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_opens_with_garbage_after_its_journal(tmp_path: Path, extra: bytes, caplog: pytest.LogCaptureFixture) -> None:
     with open_store(tmp_path) as store:
         write_blocks(store, range(5))
     with open(namespace_of(tmp_path) / "index.journal", "ab") as file:
@@ -165,9 +163,7 @@ def test_kill_9_in_the_middle_of_puts_loses_only_the_newest(tmp_path: Path, gene
     highest = 0
     for _ in range(4):
         lines = []
-        with subprocess.Popen(
-            [sys.executable, "-c", PUTTER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        ) as child:
+        with subprocess.Popen([sys.executable, "-c", PUTTER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             for _ in range(generator.randrange(10, 3000)):
                 lines.append(child.stdout.readline().strip())

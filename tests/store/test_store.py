@@ -14,7 +14,7 @@ import pytest
 
 from kvoffload.errors import StoreError
 from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, ssd_slots
-from kvoffload.store import Identity, Store, journal
+from kvoffload.store import Identity, Store, journal, namespace
 from kvoffload.store.directory import Directory
 from kvoffload.store.journal import Index
 from kvoffload.store.writer import QUEUE_RECORDS, JournalWriter
@@ -25,19 +25,19 @@ def test_a_new_store_is_empty_private_and_sized_by_the_cap(tmp_path: Path) -> No
     with open_store(tmp_path) as store:
         assert store.entries() == []
         assert store.slot_count == ssd_slots(20 * MB, PAYLOAD, 2, 1)
-        namespace = Path(store.directory)
-        assert sorted(each.name for each in namespace.iterdir()) == [
+        found = Path(store.directory)
+        assert sorted(each.name for each in found.iterdir()) == [
             "index.journal",
             "lock",
             "manifest.json",
             "rank0of2.slots",
             "rank1of2.slots",
         ]
-        for each in [namespace, namespace.parent]:
+        for each in [found, found.parent]:
             assert stat.S_IMODE(each.stat().st_mode) == 0o700
-        for each in namespace.iterdir():
+        for each in found.iterdir():
             assert stat.S_IMODE(each.stat().st_mode) == 0o600
-        manifest = json.loads((namespace / "manifest.json").read_text())
+        manifest = json.loads((found / "manifest.json").read_text())
         assert manifest["identity"]["fields"] == {"model": "m"}
         assert manifest["slot_count"] == store.slot_count
 
@@ -169,6 +169,25 @@ def test_the_lock_is_free_after_close_and_after_a_failed_open(tmp_path: Path) ->
         open_store(tmp_path)
     store.close()
     store.close()
+
+
+def test_an_engine_that_is_about_to_be_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespace, "NAMESPACE_LOCK_SECONDS", 10.0)
+    dying = open_store(tmp_path)
+    death = threading.Timer(0.3, dying.close)
+    death.start()
+    open_store(tmp_path).close()
+    death.join()
+
+
+def test_a_root_that_stays_locked_is_refused_with_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespace, "ROOT_LOCK_SECONDS", 0.2)
+    open_store(tmp_path).close()
+    with Directory.open(str(tmp_path)) as parent, parent.child("kvoffload") as root:
+        lock = namespace.hold_root(root)
+        with pytest.raises(StoreError, match=f"locked for 0 s by process {os.getpid()}"):
+            open_store(tmp_path)
+        lock.release()
 
 
 def test_a_failed_first_open_leaves_no_namespace(tmp_path: Path) -> None:
