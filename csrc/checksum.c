@@ -4,4 +4,9 @@
 
 #include "internal.h"
 
-uint64_t kvo_checksum(const void *data, size_t bytes) { return XXH3_64bits(data, bytes); }
+uint64_t kvo_checksum(const void *data, size_t bytes) {
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx2")) return kvo_checksum_avx2(data, bytes);
+#endif
+    return XXH3_64bits(data, bytes);
+}

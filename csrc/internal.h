@@ -25,6 +25,7 @@ static inline uint64_t kvo_later(uint64_t time, uint64_t delay) {
 }
 
 uint64_t kvo_checksum(const void *data, size_t bytes);
+uint64_t kvo_checksum_avx2(const void *data, size_t bytes);
 
 /* ---- arena.c: the memory of all physical slots ---- */
 

@@ -9,6 +9,7 @@
 #include "engine.h"
 
 #define WRITES_BESIDE_READS 2u     /* more of them would double the time of a read (the drive's queue, not ours) */
+#define TURN_BYTES (1u << 20)      /* checksummed before drives are looked after again, so that none runs dry */
 #define RETRY_MS 1                 /* when the kernel is short of memory */
 #define CLOSE_PATIENCE_US 2000000u /* what close gives the kernel to finish */
 
@@ -144,6 +145,7 @@ static int32_t read_status(kvo_engine *e, kvo_record *record) {
     if (record->io.result == -ENODATA) return -EBADMSG;
     if (record->io.result != 0) return record->io.result;
     kvo_block block = block_of(e, &record->op);
+    e->summed += block.bytes;
     const uint8_t *memory = kvo_slots_memory(&e->slots, record->physical);
     if (!kvo_slot_verify(memory, &block, record->op.ssd_slot, e->fingerprint)) return -EBADMSG;
     kvo_slots_filled(&e->slots, record->physical, record->op.dram_slot, &block);
@@ -165,7 +167,7 @@ static void take_growth(kvo_engine *e, kvo_store_file *grown) {
 }
 
 static void take_io(kvo_engine *e) {
-    for (kvo_io *io; (io = e->io->reap(e->io)) != NULL;) {
+    for (kvo_io *io; e->summed < TURN_BYTES && (io = e->io->reap(e->io)) != NULL;) {
         if (io->kind == KVO_IO_ALLOCATE) {
             take_growth(e, io->owner);
             continue;
@@ -311,6 +313,7 @@ static void start_write(kvo_engine *e, kvo_record *record) {
         finish(e, &e->queued[KVO_WRITE], record, -EBADMSG);
         return;
     }
+    e->summed += block.bytes;
     kvo_slot_seal(kvo_slots_memory(&e->slots, record->physical), &block, record->op.ssd_slot, e->fingerprint);
     e->writes++;
     start_io(e, record, KVO_IO_WRITE);
@@ -322,7 +325,7 @@ static void start_writes(kvo_engine *e) {
     if (e->reads + e->queued[KVO_READ].count > 0 && most > WRITES_BESIDE_READS) most = WRITES_BESIDE_READS;
     if (most == 0) most = 1;
     for (kvo_record *record = queue->first, *next; record != NULL; record = next) {
-        if (e->writes >= most || e->reads + e->writes >= e->options.io_depth) return;
+        if (e->writes >= most || e->reads + e->writes >= e->options.io_depth || e->summed >= TURN_BYTES) return;
         next = record->next;
         if (record->op.ssd_slot >= e->slot_count) {
             finish(e, queue, record, -ENXIO);
@@ -352,9 +355,11 @@ static void publish(kvo_engine *e) {
     e->finished_count = 0;
 }
 
-static void sleep_until_kicked(kvo_engine *e, uint64_t until, bool retry) {
-    int timeout_ms = retry ? RETRY_MS : -1;
-    if (!retry && until != UINT64_MAX) {
+static void sleep_until_kicked(kvo_engine *e, uint64_t until, bool flushed) {
+    int timeout_ms = flushed ? -1 : RETRY_MS;
+    if (e->summed >= TURN_BYTES) {
+        timeout_ms = 0; /* there may be more to do */
+    } else if (flushed && until != UINT64_MAX) {
         uint64_t now = kvo_now_us(), ms = until > now ? (until - now + 999) / 1000 : 0;
         timeout_ms = ms < INT_MAX ? (int)ms : INT_MAX;
     }
@@ -369,7 +374,8 @@ static void drain(kvo_engine *e) {
     uint64_t end = kvo_later(kvo_now_us(), CLOSE_PATIENCE_US);
     while (e->reads + e->writes + e->growths + e->copies > 0 && kvo_now_us() < end) {
         bool flushed = e->io->flush(e->io);
-        sleep_until_kicked(e, end, !flushed);
+        sleep_until_kicked(e, end, flushed);
+        e->summed = 0;
         take_io(e);
         take_copies(e);
     }
@@ -380,6 +386,7 @@ void *kvo_pump(void *engine) {
     kvo_engine *e = engine;
     e->next_deadline = UINT64_MAX;
     while (!take_submissions(e)) {
+        e->summed = 0;
         take_io(e);
         take_copies(e);
         expire(e);
@@ -390,7 +397,7 @@ void *kvo_pump(void *engine) {
         start_writes(e);
         bool flushed = e->io->flush(e->io);
         publish(e);
-        sleep_until_kicked(e, e->next_deadline, !flushed);
+        sleep_until_kicked(e, e->next_deadline, flushed);
     }
     drain(e);
     return NULL;
