@@ -65,6 +65,7 @@ class Demo:
         engine = VllmProcess(self.model, self.config, num_gpu_blocks_override=GPU_BLOCKS, log=BUILD / "demo-vllm.log")
         # The first long prompt of a process takes twice as long as the second: not a time to compare with.
         engine.generate([self.other_prompt()], max_tokens=2)
+        wait_until_written(engine)
         return engine
 
     def fill(self, engine: VllmProcess, prompts: int) -> None:
@@ -95,7 +96,6 @@ class Demo:
             self.ask(engine, "SSD hit", "ssd")
         with self.start() as engine:
             self.ask(engine, "restart and resume", "ssd")
-            wait_until_written(engine)
             for _ in range(4):
                 engine.submit(self.other_prompt(), max_tokens=64)
             time.sleep(1.5)  # into the middle of prefills and stores

