@@ -3,6 +3,7 @@ slow_io.c preloaded: `python -m tests.engine.fault_scenarios <scenario> <folder>
 
 import ctypes
 import errno
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from kvoffload.engine import Engine
+from kvoffload.types import OP_DTYPE, OpKind
+from tests.engine.planner import Planner
 from tests.engine.world import (
     BADMSG,
     CANCELED,
@@ -197,6 +200,33 @@ def few_writes_are_in_the_drive_beside_a_read(engine: Engine, _kv: KVCache, driv
     assert engine.stats()["in_flight"] == engine.options.io_depth // 2
     drive.hold_writes = 0
     wait_until(lambda: engine.stats()["ops"][2] == 15)
+
+
+def random_stalls_never_deliver_wrong_bytes(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}", file=sys.stderr)
+    planner, chance = Planner(seed), random.Random(seed)
+    written: dict[int, bytes] = {}  # generation -> the bytes that were stored under it
+    delivered = timed_out = 0
+    for _ in range(300):
+        drive.hold_reads, drive.hold_writes = chance.random() < 0.2, chance.random() < 0.2
+        batch = np.concatenate([np.zeros(0, OP_DTYPE), *planner.batch()])
+        batch["timeout_us"] = chance.choice((5_000, 20_000))
+        for op in batch[batch["kind"] == OpKind.COPY_OUT]:
+            written[int(op["generation"])] = kv.block(int(op["kv_block"]), int(op["group"]))
+        if chance.random() < 0.3:
+            drive.hold_reads = drive.hold_writes = 0
+        statuses = run(engine, batch)
+        for op in batch[batch["kind"] == OpKind.COPY_IN]:
+            if statuses[int(op["id"])] == 0:
+                assert kv.block(int(op["kv_block"]), int(op["group"])) == written[int(op["generation"])]
+                delivered += 1
+        timed_out += TIMEDOUT in statuses.values()
+        planner.note(statuses)
+    drive.hold_reads = drive.hold_writes = 0
+    wait_until(lambda: engine.stats()["abandoned"] == 0)
+    assert delivered > 0
+    assert timed_out > 0
 
 
 def close_ends_while_a_drive_stalls(engine: Engine, _kv: KVCache, drive: Drive) -> None:

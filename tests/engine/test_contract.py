@@ -3,6 +3,8 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -39,6 +41,7 @@ from tests.engine.world import (
 C_ENGINES = ("io_uring", "threads")
 ENGINES = (*C_ENGINES, "reference")
 FILE_SYSTEM_BYTES = 4096  # ext4 counts the block that lists a file's extents as the file's
+ROOT = Path(__file__).parents[2]
 every_engine = pytest.mark.parametrize("name", ENGINES)
 c_engine = pytest.mark.parametrize("name", C_ENGINES)
 
@@ -286,9 +289,60 @@ def test_describe_names_what_was_found(tmp_path: Path) -> None:
             assert text[0].startswith(f"io: {name} (")
             assert sum(line.startswith("file ") and ("O_DIRECT" in line) for line in text) == len(files.paths)
     with open_engine("auto", KVCache()) as engine:
-        assert engine.describe()[0].startswith(
-            ("io: io_uring (", "io: threads (io_uring", "io: threads (built without")
-        )
+        assert engine.describe()[0].startswith(("io: io_uring (", "io: threads (io_uring", "io: threads (built without"))
+
+
+IN_A_SANDBOX = """
+import ctypes, platform, struct, sys
+from pathlib import Path
+from tests.engine.world import *
+
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+
+# a seccomp filter: system call 425, io_uring_setup, fails with EPERM; every other one is allowed
+code = b"".join(struct.pack("<HBBI", *step) for step in (
+    (0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)))
+memory = ctypes.create_string_buffer(code, len(code))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.byref(Filter(4, ctypes.addressof(memory))), 0, 0) == 0  # PR_SET_SECCOMP
+kv = KVCache()
+with open_engine("auto", kv, make_files(Path(sys.argv[1]))) as engine:
+    print(engine.describe()[0])
+    assert run_one(engine, copy_out(1, 0)) == run_one(engine, write(1, 0, 3)) == run_one(engine, load(1, 3, 2)) == 0
+    assert kv.block(2) == kv.block(1)
+try:
+    open_engine("io_uring", kv)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's")
+def test_a_sandbox_without_io_uring_is_served_by_threads_and_told_so(tmp_path: Path) -> None:
+    with open_engine("auto", KVCache()) as engine:
+        if not engine.describe()[0].startswith("io: io_uring"):
+            pytest.skip("no io_uring to deny here")
+    command = [sys.executable, "-c", IN_A_SANDBOX, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "io: threads (io_uring refused: Operation not permitted)" in done.stdout
+    assert "io_uring cannot be used (io_uring refused: Operation not permitted)" in done.stdout
+
+
+def test_a_forked_child_cannot_use_the_engine_and_does_not_end_it() -> None:
+    with open_engine("auto", KVCache()) as engine:
+        child = os.fork()
+        if child == 0:
+            try:
+                engine.wait(0)
+            except RuntimeError:
+                engine.close()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert run_one(engine, copy_out(1, 0)) == 0
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")

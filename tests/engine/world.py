@@ -24,8 +24,7 @@ class KVCache:
     def __init__(self, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         self.arrays = [
-            [random.integers(0, 256, (KV_BLOCKS, nbytes + 64), dtype=np.uint8) for nbytes in group]
-            for group in GROUP_REGIONS
+            [random.integers(0, 256, (KV_BLOCKS, nbytes + 64), dtype=np.uint8) for nbytes in group] for group in GROUP_REGIONS
         ]
         self.groups = [
             [Region(array.ctypes.data, array.strides[0], nbytes) for array, nbytes in zip(*pair, strict=True)]
