@@ -24,7 +24,8 @@ __attribute__((format(printf, 3, 4))) static int fail(char err[KVO_ERR_BYTES], i
 
 static int check_options(const kvo_options *options, char err[KVO_ERR_BYTES]) {
     if (options->payload_bytes == 0 || options->payload_bytes > (1ull << 40))
-        return fail(err, EINVAL, "payload_bytes is %llu, expected 1 .. 2^40", (unsigned long long)options->payload_bytes);
+        return fail(err, EINVAL, "payload_bytes is %llu, expected 1 .. 2^40",
+                    (unsigned long long)options->payload_bytes);
     if (options->spare_slots == 0) return fail(err, EINVAL, "spare_slots is 0, expected at least 1");
     if ((uint64_t)options->dram_slots + options->spare_slots >= KVO_NO_SLOT)
         return fail(err, EINVAL, "dram_slots and spare_slots add up to more than 2^32 - 2");
@@ -83,8 +84,8 @@ static int open_parts(kvo_engine *e, char err[KVO_ERR_BYTES]) {
     if (e->kick_fd < 0) return fail(err, errno, "eventfd: %s", strerror(errno));
     int status = kvo_slots_open(&e->slots, slot_bytes, options->dram_slots, options->spare_slots);
     if (status != 0)
-        return fail(err, -status, "an arena of %llu slots of %llu bytes cannot be mapped: %s", (unsigned long long)slots,
-                    (unsigned long long)slot_bytes, strerror(-status));
+        return fail(err, -status, "an arena of %llu slots of %llu bytes cannot be mapped: %s",
+                    (unsigned long long)slots, (unsigned long long)slot_bytes, strerror(-status));
     e->stats.arena_bytes = e->slots.arena.bytes;
     e->shared.stats = e->stats;
     if (open_records(e) != 0) return fail(err, ENOMEM, "no memory for %u operations", options->max_ops);
@@ -159,7 +160,8 @@ static int check_regions(const kvo_engine *e, const kvo_region *regions, const u
         for (uint32_t i = first[g]; i < first[g + 1]; i++) {
             const kvo_region *region = &regions[i];
             if (region->base == 0 || region->bytes == 0 || region->bytes > e->options.payload_bytes)
-                return fail(err, EINVAL, "region %u of group %u is empty or larger than a slot's payload", i - first[g], g);
+                return fail(err, EINVAL, "region %u of group %u is empty or larger than a slot's payload", i - first[g],
+                            g);
             sum += region->bytes;
             if (sum > e->options.payload_bytes)
                 return fail(err, EINVAL, "group %u has more than %llu bytes a block, the payload of a slot", g,
@@ -169,7 +171,8 @@ static int check_regions(const kvo_engine *e, const kvo_region *regions, const u
     return 0;
 }
 
-int kvo_bind(kvo_engine *e, const kvo_region *regions, const uint32_t *first, uint32_t groups, char err[KVO_ERR_BYTES]) {
+int kvo_bind(kvo_engine *e, const kvo_region *regions, const uint32_t *first, uint32_t groups,
+             char err[KVO_ERR_BYTES]) {
     int status = check_regions(e, regions, first, groups, err);
     if (status != 0) return status;
     uint32_t count = first[groups] - first[0];
@@ -190,7 +193,8 @@ int kvo_bind(kvo_engine *e, const kvo_region *regions, const uint32_t *first, ui
 int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t slot_count,
                const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]) {
     if (e->file_count != 0) return fail(err, EINVAL, "slot files are attached already");
-    if (count == 0 || count > KVO_FILES_MAX) return fail(err, EINVAL, "%u slot files, expected 1 .. %u", count, KVO_FILES_MAX);
+    if (count == 0 || count > KVO_FILES_MAX)
+        return fail(err, EINVAL, "%u slot files, expected 1 .. %u", count, KVO_FILES_MAX);
     if (slot_count < count || slot_count == KVO_NO_SLOT)
         return fail(err, EINVAL, "%u slots on %u files, expected at least one a file", slot_count, count);
     memcpy(e->fingerprint, fingerprint, KVO_FINGERPRINT_BYTES);
@@ -213,7 +217,8 @@ int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t
 /* ---- operations and completions ---- */
 
 static bool is_pair(const kvo_op *read, const kvo_op *copy) {
-    return read->kind == KVO_READ && copy->kind == KVO_COPY_IN && copy->flags == 0 && read->dram_slot == copy->dram_slot;
+    return read->kind == KVO_READ && copy->kind == KVO_COPY_IN && copy->flags == 0 &&
+           read->dram_slot == copy->dram_slot;
 }
 
 /* `after`: the operation before it, if that is linked to it. */
@@ -267,7 +272,8 @@ int kvo_wait(kvo_engine *e, uint64_t timeout_us) {
     struct timespec until = {.tv_sec = (time_t)(end / 1000000u), .tv_nsec = (long)(end % 1000000u) * 1000};
     int error = 0;
     pthread_mutex_lock(&shared->lock);
-    while (shared->done.count == 0 && error == 0) error = pthread_cond_timedwait(&shared->completed, &shared->lock, &until);
+    while (shared->done.count == 0 && error == 0)
+        error = pthread_cond_timedwait(&shared->completed, &shared->lock, &until);
     int ready = shared->done.count > 0;
     pthread_mutex_unlock(&shared->lock);
     return ready;
@@ -304,7 +310,9 @@ void kvo_describe(kvo_engine *e, char *out, size_t bytes) {
     else if (arena->advice_error != 0)
         at += add_line(out + at, bytes - at, "arena: %llu MiB of small pages, huge ones refused (%s)\n", mib,
                        strerror(arena->advice_error));
-    else at += add_line(out + at, bytes - at, "arena: %llu MiB, transparent huge pages (%llu MiB so far)\n", mib, huge_mib);
+    else
+        at += add_line(out + at, bytes - at, "arena: %llu MiB, transparent huge pages (%llu MiB so far)\n", mib,
+                       huge_mib);
     for (uint32_t i = 0; i < e->file_count; i++) {
         const kvo_file *file = &e->files[i].file;
         if (file->direct) at += add_line(out + at, bytes - at, "file %s: O_DIRECT\n", file->path);

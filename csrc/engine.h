@@ -115,7 +115,7 @@ struct kvo_engine {
     uint32_t finished_count;
     uint32_t reads, writes, copies; /* in flight; reads and writes include abandoned ones */
     uint32_t growths;
-    uint32_t slot_count; /* of kvo_shared */
+    uint32_t slot_count;    /* of kvo_shared */
     uint64_t summed;        /* bytes checksummed in this turn of the pump */
     uint64_t next_deadline; /* none is earlier */
     kvo_stats_t stats;

@@ -30,9 +30,9 @@ uint64_t kvo_checksum_avx2(const void *data, size_t bytes);
 /* ---- arena.c: the memory of all physical slots ---- */
 
 typedef struct {
-    uint8_t *base;   /* aligned to 2 MiB */
-    uint64_t bytes;  /* a multiple of 2 MiB */
-    void *mapping;   /* what mmap returned, and how much of it */
+    uint8_t *base;  /* aligned to 2 MiB */
+    uint64_t bytes; /* a multiple of 2 MiB */
+    void *mapping;  /* what mmap returned, and how much of it */
     uint64_t mapped;
     bool hugetlb;
     int advice_error; /* errno of MADV_HUGEPAGE, 0 if it was taken */
@@ -75,7 +75,8 @@ typedef struct {
 } kvo_expected;
 
 /* Opens and checks a slot file; `slots` is how many it may hold. 0 or -errno with a sentence in err. */
-int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots, char err[KVO_ERR_BYTES]);
+int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots,
+                  char err[KVO_ERR_BYTES]);
 void kvo_file_close(kvo_file *file);
 
 /* Completes a slot in memory, payload in place, for being written as SSD slot `ssd_slot`. */

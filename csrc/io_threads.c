@@ -122,7 +122,8 @@ static void pool_close(kvo_drives *self) {
 kvo_drives *kvo_io_threads_open(uint32_t depth, int kick_fd) {
     io_pool *pool = calloc(1, sizeof *pool);
     if (pool == NULL) return NULL;
-    pool->face = (kvo_drives){.name = "threads", .start = pool_start, .flush = pool_flush, .reap = pool_reap, .close = pool_close};
+    pool->face = (kvo_drives){
+        .name = "threads", .start = pool_start, .flush = pool_flush, .reap = pool_reap, .close = pool_close};
     pool->kick_fd = kick_fd;
     pool->todo.end = &pool->todo.first;
     pool->done.end = &pool->done.first;
@@ -132,7 +133,8 @@ kvo_drives *kvo_io_threads_open(uint32_t depth, int kick_fd) {
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, STACK_BYTES);
     uint32_t wanted = depth < THREADS_MAX ? depth : THREADS_MAX;
-    while (pool->threads < wanted && pthread_create(&pool->thread[pool->threads], &small, work, pool) == 0) pool->threads++;
+    while (pool->threads < wanted && pthread_create(&pool->thread[pool->threads], &small, work, pool) == 0)
+        pool->threads++;
     pthread_attr_destroy(&small);
     if (pool->threads == 0) {
         pool_close(&pool->face);

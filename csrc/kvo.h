@@ -49,7 +49,7 @@ typedef struct {
  *
  * KVO_LINK: the next operation of the same batch starts only if this one succeeded, else it completes with
  * -ECANCELED. Only READ may be linked, and only to a COPY_IN. In such a pair dram_slot may be KVO_NO_SLOT in both:
- * the block then passes through staging memory of the engine's own. A pair's READ ends by the earlier timeout of the two.
+ * the block then passes through staging memory of the engine's own. Of the two timeouts the earlier ends the READ.
  *
  * A COPY_OUT or READ that fails leaves its DRAM slot with what it held before or with nothing, never with a part.
  * Operations of different chains run in any order, loads (READ, COPY_IN) before COPY_OUT before WRITE.
@@ -94,7 +94,7 @@ typedef struct {
 } kvo_options;
 
 typedef struct {
-    uint64_t ops[4], failed[4], bytes[4], usec[4]; /* per kind: completed well, completed badly, payload bytes, sum of times */
+    uint64_t ops[4], failed[4], bytes[4], usec[4]; /* per kind; bytes and times of those that succeeded */
     uint64_t queued, in_flight;                    /* now */
     uint64_t abandoned;                            /* timed out while the kernel still works on them, now */
     uint64_t arena_bytes, huge_bytes;              /* mapped; of these on huge pages when kvo_describe last looked */
@@ -107,7 +107,8 @@ int kvo_open(kvo_engine **engine, const kvo_options *options, char err[KVO_ERR_B
 
 /* Tells where the KV cache lies. regions of group g: regions[first[g] .. first[g + 1]). Once, before the first submit.
  * The sum of a group's region bytes must not exceed payload_bytes. 0 or -EINVAL with a sentence in err. */
-int kvo_bind(kvo_engine *engine, const kvo_region *regions, const uint32_t *first, uint32_t groups, char err[KVO_ERR_BYTES]);
+int kvo_bind(kvo_engine *engine, const kvo_region *regions, const uint32_t *first, uint32_t groups,
+             char err[KVO_ERR_BYTES]);
 
 /* Opens this rank's slot files (made by the store, superblock in place); slot s is slot s / count of file s % count.
  * Probes O_DIRECT on each by doing. Files grow by fallocate as slots are first written, never beyond slot_count slots.

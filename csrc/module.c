@@ -26,7 +26,8 @@ static PyObject *raise_os_error(int status, const char *sentence) {
 /* Enters the engine, or raises. Every success is followed by leave(). */
 static kvo_engine *enter(CoreEngine *self) {
     if (self->engine == NULL) PyErr_SetString(PyExc_ValueError, "the engine is closed");
-    else if (self->owner != getpid()) PyErr_SetString(PyExc_RuntimeError, "the engine belongs to the process that opened it");
+    else if (self->owner != getpid())
+        PyErr_SetString(PyExc_RuntimeError, "the engine belongs to the process that opened it");
     else {
         self->busy++;
         return self->engine;
@@ -122,9 +123,11 @@ static PyObject *core_attach(CoreEngine *self, PyObject *arguments) {
     unsigned slot_count;
     const char *fingerprint;
     Py_ssize_t fingerprint_bytes;
-    if (!PyArg_ParseTuple(arguments, "O!Iy#", &PyTuple_Type, &paths, &slot_count, &fingerprint, &fingerprint_bytes)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "O!Iy#", &PyTuple_Type, &paths, &slot_count, &fingerprint, &fingerprint_bytes))
+        return NULL;
     if (fingerprint_bytes != KVO_FINGERPRINT_BYTES)
-        return PyErr_Format(PyExc_ValueError, "a fingerprint of %zd bytes, expected %d", fingerprint_bytes, KVO_FINGERPRINT_BYTES);
+        return PyErr_Format(PyExc_ValueError, "a fingerprint of %zd bytes, expected %d", fingerprint_bytes,
+                            KVO_FINGERPRINT_BYTES);
     Py_ssize_t count = PyTuple_Size(paths);
     const char **names = PyMem_Calloc((size_t)count + 1, sizeof *names);
     if (names == NULL) return PyErr_NoMemory();
@@ -167,8 +170,9 @@ static PyObject *core_submit(CoreEngine *self, PyObject *arguments) {
     PyBuffer_Release(&view);
     if (engine == NULL) return NULL;
     if (taken < 0)
-        return PyErr_Format(PyExc_ValueError,
-                            "malformed operation: kind, flags, link, slot, group or key out of range, or nothing bound");
+        return PyErr_Format(
+            PyExc_ValueError,
+            "malformed operation: kind, flags, link, slot, group or key out of range, or nothing bound");
     return PyLong_FromLong(taken);
 }
 
@@ -211,10 +215,10 @@ static PyObject *core_stats(CoreEngine *self, PyObject *unused) {
     kvo_stats(engine, &stats);
     leave(self);
     return Py_BuildValue("{sNsNsNsNsKsKsKsKsK}", "ops", per_kind(stats.ops), "failed", per_kind(stats.failed), "bytes",
-                         per_kind(stats.bytes), "usec", per_kind(stats.usec), "queued", (unsigned long long)stats.queued,
-                         "in_flight", (unsigned long long)stats.in_flight, "abandoned", (unsigned long long)stats.abandoned,
-                         "arena_bytes", (unsigned long long)stats.arena_bytes, "huge_bytes",
-                         (unsigned long long)stats.huge_bytes);
+                         per_kind(stats.bytes), "usec", per_kind(stats.usec), "queued",
+                         (unsigned long long)stats.queued, "in_flight", (unsigned long long)stats.in_flight,
+                         "abandoned", (unsigned long long)stats.abandoned, "arena_bytes",
+                         (unsigned long long)stats.arena_bytes, "huge_bytes", (unsigned long long)stats.huge_bytes);
 }
 
 static PyObject *core_describe(CoreEngine *self, PyObject *unused) {

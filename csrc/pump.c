@@ -133,8 +133,7 @@ static bool take_submissions(kvo_engine *e) {
     kvo_shared *shared = &e->shared;
     kvo_record *waiting = NULL; /* a batch has whole chains only */
     pthread_mutex_lock(&shared->lock);
-    while (shared->submitted.count > 0)
-        take_one(e, &shared->submissions[kvo_ring_pop(&shared->submitted)], &waiting);
+    while (shared->submitted.count > 0) take_one(e, &shared->submissions[kvo_ring_pop(&shared->submitted)], &waiting);
     bool stop = shared->stop;
     e->slot_count = shared->slot_count;
     pthread_mutex_unlock(&shared->lock);
@@ -243,7 +242,8 @@ static void start_copies_in(kvo_engine *e) {
 }
 
 static void start_copies_out(kvo_engine *e) {
-    for (kvo_record *record = e->queued[KVO_COPY_OUT].first, *next; record != NULL && e->copies < KVO_COPY_DEPTH; record = next) {
+    for (kvo_record *record = e->queued[KVO_COPY_OUT].first, *next; record != NULL && e->copies < KVO_COPY_DEPTH;
+         record = next) {
         next = record->next;
         record->physical = kvo_slots_fill(&e->slots, record->op.dram_slot);
         if (record->physical != KVO_NO_SLOT) start_copy(e, record);

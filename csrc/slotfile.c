@@ -148,7 +148,8 @@ static int check_and_probe(kvo_file *file, void *page, const kvo_expected *expec
     return 0;
 }
 
-int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots, char err[KVO_ERR_BYTES]) {
+int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots,
+                  char err[KVO_ERR_BYTES]) {
     *file = (kvo_file){.fd = -1, .slots = slots};
     file->slot_bytes = kvo_round_up(KVO_HEADER_BYTES + expected->payload_bytes, KVO_ALIGNMENT);
     file->path = strdup(path);
@@ -157,7 +158,8 @@ int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected
     if (status == 0) {
         file->fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
         if (file->fd < 0)
-            status = refuse(err, errno, path, errno == ELOOP ? "found a symbolic link, expected a slot file" : strerror(errno));
+            status = refuse(err, errno, path,
+                            errno == ELOOP ? "found a symbolic link, expected a slot file" : strerror(errno));
     }
     if (status == 0) status = check_and_probe(file, page, expected, err);
     free(page);

@@ -68,6 +68,5 @@ void kvo_slots_release(kvo_slots *slots, uint32_t physical) {
 bool kvo_slots_hold(const kvo_slots *slots, uint32_t physical, const kvo_block *block) {
     const kvo_physical *slot = &slots->physical[physical];
     return slot->valid && slot->block.generation == block->generation && slot->block.bytes == block->bytes &&
-           slot->block.key_len == block->key_len &&
-           memcmp(slot->block.key, block->key, sizeof block->key) == 0;
+           slot->block.key_len == block->key_len && memcmp(slot->block.key, block->key, sizeof block->key) == 0;
 }
