@@ -16,10 +16,19 @@ static void *map(uint64_t bytes, int flags) {
     return at == MAP_FAILED ? NULL : at;
 }
 
+/* Reserved huge pages, every one of them touched: a container's limit may deny a page that mmap promised, and that
+ * shows as SIGBUS when it is touched later, but as an error when it is asked for like this. */
+static void *map_reserved(uint64_t bytes) {
+    void *at = map(bytes, MAP_HUGETLB | (21 << MAP_HUGE_SHIFT));
+    if (at == NULL || madvise(at, bytes, MADV_POPULATE_WRITE) == 0) return at;
+    munmap(at, bytes);
+    return NULL;
+}
+
 int kvo_arena_open(kvo_arena *arena, uint64_t bytes) {
     *arena = (kvo_arena){.bytes = kvo_round_up(bytes, HUGE_PAGE)};
     arena->mapped = arena->bytes;
-    arena->mapping = map(arena->mapped, MAP_HUGETLB | (21 << MAP_HUGE_SHIFT));
+    arena->mapping = map_reserved(arena->mapped);
     arena->hugetlb = arena->mapping != NULL;
     if (!arena->hugetlb) {
         arena->mapped = arena->bytes + HUGE_PAGE; /* room to align */
