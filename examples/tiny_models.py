@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 SEED = 20260101
 VOCABULARY = 1024
@@ -100,6 +101,7 @@ def make(name: str, directory: Path, seed: int = SEED) -> Path:
     if stamp.exists() and stamp.read_text() == recipe:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
     torch.manual_seed(seed)
     model = MODELS[name]()
     with torch.no_grad():
