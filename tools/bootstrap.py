@@ -161,18 +161,20 @@ def take_xxhash_header() -> None:
 
 
 def build_extension() -> None:
-    environment = {name: os.environ.get(name, "") for name in BUILD_VARIABLES}
+    environment = {name: os.environ[name] for name in BUILD_VARIABLES if name in os.environ}
     pyproject = (ROOT / "pyproject.toml").read_bytes()
-    stamp = Stamp("build", digest(sources_digest(), pyproject, has_header("liburing.h"), environment, sys.version))
+    if not has_header("liburing.h"):
+        environment["KVO_WITHOUT_LIBURING"] = "1"  # setup.py says so, in one line
+    stamp = Stamp("build", digest(sources_digest(), pyproject, environment, sys.version))
     if stamp.is_current() and any((ROOT / "kvoffload" / "engine").glob("_core*.so")):
         return
     if not has_header("xxhash.h"):
         take_xxhash_header()
     say("building the C engine")
-    with_headers = {**os.environ, "CPPFLAGS": f"{environment['CPPFLAGS']} -I{INCLUDE}"}
-    run(PYTHON, "setup.py", "-q", "build_ext", "--inplace", "--force", env=with_headers)
+    environment["CPPFLAGS"] = f"{environment.get('CPPFLAGS', '')} -I{INCLUDE}"
+    run(PYTHON, "setup.py", "-q", "build_ext", "--inplace", "--force", env=os.environ | environment)
     # Editable, so that vLLM finds the plugin's entry point; the extension is already in place.
-    pip("install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT, env=with_headers)
+    pip("install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT, env=os.environ | environment)
     stamp.write()
 
 
