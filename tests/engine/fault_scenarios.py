@@ -5,6 +5,7 @@ import ctypes
 import errno
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,16 @@ def file_system_without_fallocate_is_written_to_all_the_same(engine: Engine, _kv
     assert run_one(engine, read(1, 1, 19)) == BADMSG
 
 
+def without_direct_io_files_are_buffered_and_told_so(_engine: Engine, kv: KVCache, drive: Drive) -> None:
+    drive.refuse_direct = 1
+    with tempfile.TemporaryDirectory() as folder, open_engine("threads", kv, make_files(Path(folder))) as engine:
+        told = [line for line in engine.describe() if line.startswith("file ")]
+        assert all(line.endswith("buffered, O_DIRECT refused (Invalid argument)") for line in told)
+        stored(engine, 1, 0, 3)
+        assert run_one(engine, load(1, 3, 8)) == 0
+        assert kv.block(8) == kv.block(1)
+
+
 def writes_wait_for_the_file_to_grow_and_reads_do_not(engine: Engine, _kv: KVCache, drive: Drive) -> None:
     assert run_one(engine, copy_out(1, 0)) == 0
     drive.hold_allocations = 1
@@ -192,12 +203,11 @@ def few_writes_are_in_the_drive_beside_a_read(engine: Engine, _kv: KVCache, driv
         stored(engine, number, number, number)
     drive.hold_reads = drive.hold_writes = 1
     assert engine.submit(np.concatenate([read(0, 0, 0, id=100), *(write(n, n, n + 8) for n in range(1, 8))])) == 8
+    wait_until(lambda: (engine.stats()["in_flight"], engine.stats()["queued"]) == (1 + 2, 5))
     drive.wait_until_held(3)
-    assert engine.stats()["in_flight"] == 3
     drive.hold_reads = 0
     wait_until(lambda: engine.wait(0.1))
-    drive.wait_until_held(4)
-    assert engine.stats()["in_flight"] == engine.options.io_depth // 2
+    wait_until(lambda: (engine.stats()["in_flight"], engine.stats()["queued"]) == (engine.options.io_depth // 2, 3))
     drive.hold_writes = 0
     wait_until(lambda: engine.stats()["ops"][2] == 15)
 

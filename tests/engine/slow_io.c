@@ -9,6 +9,7 @@
 volatile int hold_reads, hold_writes, hold_allocations; /* while set, calls wait */
 volatile int fail_reads, fail_writes, fail_allocations; /* errno to fail with, 0 for none */
 volatile int short_transfers;                           /* transfer at most this many bytes a call, 0 for all */
+volatile int refuse_direct;                             /* fail the probe of direct I/O, a write of the superblock */
 volatile int held;                                      /* calls that wait now */
 
 static void hold(volatile int *gate) {
@@ -34,7 +35,7 @@ ssize_t pread(int fd, void *buffer, size_t bytes, off_t at) {
 ssize_t pwrite(int fd, const void *buffer, size_t bytes, off_t at) {
     static ssize_t (*next)(int, const void *, size_t, off_t);
     if (next == NULL) next = (ssize_t(*)(int, const void *, size_t, off_t))dlsym(RTLD_NEXT, "pwrite");
-    if (at == 0) return next(fd, buffer, bytes, at);
+    if (at == 0) return refuse_direct ? (errno = EINVAL, -1) : next(fd, buffer, bytes, at);
     hold(&hold_writes);
     if (fail_writes) return errno = fail_writes, -1;
     return next(fd, buffer, shorten(bytes), at);

@@ -19,8 +19,10 @@ from kvoffload.layout import slot_bytes, slot_offset
 from kvoffload.types import NO_SLOT, OP_DTYPE, OpFlag, Region, SlotFiles
 from tests.engine.world import (
     BADMSG,
+    C_ENGINES,
     CANCELED,
     DRAM_SLOTS,
+    ENGINES,
     FINGERPRINT,
     PAYLOAD_BYTES,
     SSD_SLOTS,
@@ -38,8 +40,6 @@ from tests.engine.world import (
     write,
 )
 
-C_ENGINES = ("io_uring", "threads")
-ENGINES = (*C_ENGINES, "reference")
 FILE_SYSTEM_BYTES = 4096  # ext4 counts the block that lists a file's extents as the file's
 ROOT = Path(__file__).parents[2]
 every_engine = pytest.mark.parametrize("name", ENGINES)
@@ -281,13 +281,13 @@ def test_files_grow_by_extents_as_slots_are_first_written(tmp_path: Path, name: 
             assert os.stat(files.paths[0]).st_size == slot_offset(slots, payload_bytes)
 
 
-def test_describe_names_what_was_found(tmp_path: Path) -> None:
+@c_engine
+def test_describe_names_what_was_found(tmp_path: Path, name: str) -> None:
     files = make_files(tmp_path)
-    for name in C_ENGINES:
-        with open_engine(name, KVCache(), files) as engine:
-            text = engine.describe()
-            assert text[0].startswith(f"io: {name} (")
-            assert sum(line.startswith("file ") and ("O_DIRECT" in line) for line in text) == len(files.paths)
+    with open_engine(name, KVCache(), files) as engine:
+        text = engine.describe()
+        assert text[0].startswith(f"io: {name} (")
+        assert sum(line.startswith("file ") and "O_DIRECT" in line for line in text) == len(files.paths)
     with open_engine("auto", KVCache()) as engine:
         assert engine.describe()[0].startswith(("io: io_uring (", "io: threads (io_uring", "io: threads (built without"))
 
@@ -346,18 +346,17 @@ def test_a_forked_child_cannot_use_the_engine_and_does_not_end_it() -> None:
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")
-def test_a_file_system_without_direct_io_is_served_buffered() -> None:
+@c_engine
+def test_a_file_system_in_memory_is_served_and_its_direct_io_told(name: str) -> None:
     folder = Path(f"/dev/shm/kvoffload-test-{os.getpid()}")
-    files = make_files(folder)
+    kv, files = KVCache(), make_files(folder)
     try:
-        for name in C_ENGINES:
-            kv = KVCache()
-            with open_engine(name, kv, files) as engine:
-                assert run_one(engine, copy_out(1, 0)) == 0
-                assert run_one(engine, write(1, 0, 3)) == 0
-                assert run_one(engine, load(1, 3, 2)) == 0
-                assert kv.block(2) == kv.block(1)
-                assert any("O_DIRECT" in line for line in engine.describe())
+        with open_engine(name, kv, files) as engine:
+            assert run_one(engine, copy_out(1, 0)) == 0
+            assert run_one(engine, write(1, 0, 3)) == 0
+            assert run_one(engine, load(1, 3, 2)) == 0
+            assert kv.block(2) == kv.block(1)
+            assert any("O_DIRECT" in line for line in engine.describe())
     finally:
         for path in files.paths:
             os.unlink(path)

@@ -10,7 +10,9 @@ from kvoffload.types import SlotFiles
 from tests.engine.planner import Planner
 from tests.engine.world import (
     BADMSG,
+    C_ENGINES,
     CANCELED,
+    ENGINES,
     GROUP_REGIONS,
     PAYLOAD_BYTES,
     KVCache,
@@ -24,7 +26,6 @@ from tests.engine.world import (
     write,
 )
 
-IO_BACKENDS = ("io_uring", "threads")
 BATCHES = 60
 
 
@@ -45,7 +46,7 @@ def edit(files: SlotFiles, slot: int, offset: int, flip: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("backend", IO_BACKENDS)
+@pytest.mark.parametrize("backend", C_ENGINES)
 def test_random_plans_give_the_same_statuses_and_bytes(tmp_path: Path, backend: str, seed: int) -> None:
     print(f"seed {seed}")
     caches = [KVCache(seed), KVCache(seed)]
@@ -103,7 +104,7 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("backend", (*IO_BACKENDS, "reference"))
+@pytest.mark.parametrize("backend", ENGINES)
 def test_a_flipped_bit_anywhere_that_counts_is_a_miss(tmp_path: Path, backend: str) -> None:
     kv, files = KVCache(), make_files(tmp_path)
     with open_engine(backend, kv, files) as engine:
@@ -119,7 +120,7 @@ def test_a_flipped_bit_anywhere_that_counts_is_a_miss(tmp_path: Path, backend: s
         assert kv.block(2) == kv.block(1)
 
 
-@pytest.mark.parametrize("backend", (*IO_BACKENDS, "reference"))
+@pytest.mark.parametrize("backend", ENGINES)
 def test_a_stale_foreign_torn_or_moved_slot_is_a_miss(tmp_path: Path, backend: str) -> None:
     kv, files = KVCache(), make_files(tmp_path, count=1)
     with open_engine(backend, kv, files) as engine:
@@ -143,7 +144,7 @@ def test_a_stale_foreign_torn_or_moved_slot_is_a_miss(tmp_path: Path, backend: s
 
 
 @pytest.mark.parametrize("cut", (1, 512, 4096, 5000))
-@pytest.mark.parametrize("backend", (*IO_BACKENDS, "reference"))
+@pytest.mark.parametrize("backend", ENGINES)
 def test_a_truncated_file_is_a_miss(tmp_path: Path, backend: str, cut: int) -> None:
     kv, files = KVCache(), make_files(tmp_path, count=1, slots=3)
     with open_engine(backend, kv, files) as engine:

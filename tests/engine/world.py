@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from kvoffload.engine import Engine
 from kvoffload.engine.reference import ReferenceEngine, pack_superblock
@@ -51,6 +52,19 @@ def make_files(folder: Path, count: int = 2, slots: int = SSD_SLOTS, payload_byt
 def make_options(io_backend: str = "auto", **changes: int) -> EngineOptions:
     fields = {"payload_bytes": PAYLOAD_BYTES, "dram_slots": DRAM_SLOTS, "spare_slots": 4, "max_ops": 64, "io_depth": 8}
     return EngineOptions(**(fields | changes), io_backend=io_backend)
+
+
+def has_io_uring() -> bool:
+    try:
+        Engine(make_options("io_uring")).close()
+    except OSError:
+        return False
+    return True
+
+
+NEEDS_IO_URING = pytest.mark.skipif(not has_io_uring(), reason="io_uring cannot be used here")
+C_ENGINES = (pytest.param("io_uring", marks=NEEDS_IO_URING), "threads")
+ENGINES = (*C_ENGINES, "reference")
 
 
 def open_engine(name: str, kv: KVCache, files: SlotFiles | None = None, **changes: int) -> Engine | ReferenceEngine:
