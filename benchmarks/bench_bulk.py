@@ -1,8 +1,8 @@
 """Engine against a plain loop: 2 MiB slots to and from SSD, in random order.
 
-The engine writes and reads slots with header and checksum, pairs READ|LINK + COPY_IN not included: bytes move between
-DRAM slots and SSD slots. The loop calls os.pwritev and os.preadv on one preallocated O_DIRECT file with one buffer on
-huge pages, without checksum. Both are repeated in turn in one run, because a drive's speed drifts.
+The engine moves slots between DRAM and SSD (WRITE, READ), header and checksum included. The loop calls os.pwritev and
+os.preadv on one preallocated O_DIRECT file, from one buffer on huge pages, without checksum. Both are repeated in turn
+in one run, because a drive's speed drifts.
 
     python benchmarks/bench_bulk.py [--folder PATH] [--gib 1] [--repetitions 5] [--io-backend auto]
 """
