@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from vllm.platforms import current_platform
 from vllm.version import __version__ as vllm_version
 

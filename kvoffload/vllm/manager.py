@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
-    LookupResult,
     Locality,
+    LookupResult,
     Medium,
     OffloadingManager,
     OffloadKey,

@@ -8,10 +8,10 @@ from tests.manager.world import World
 
 STEPS = 400
 SHAPES = [
-    pytest.param(dict(dram=12, ssd=40), id="both tiers"),
-    pytest.param(dict(dram=4, ssd=40, tier=False), id="bounce slots only"),
-    pytest.param(dict(dram=20, ssd=0), id="no ssd"),
-    pytest.param(dict(dram=40, ssd=10), id="ssd smaller than dram"),
+    pytest.param({"dram": 12, "ssd": 40}, id="both tiers"),
+    pytest.param({"dram": 4, "ssd": 40, "tier": False}, id="bounce slots only"),
+    pytest.param({"dram": 20, "ssd": 0}, id="no ssd"),
+    pytest.param({"dram": 40, "ssd": 10}, id="ssd smaller than dram"),
 ]
 
 

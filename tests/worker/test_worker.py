@@ -107,7 +107,7 @@ def test_blocks_come_back_from_dram_and_ssd_to_wherever_they_are_wanted(rig):
     assert rig.run("load", block_list(8, dram, ssd, targets)) == set()
     assert [rig.content(block) for block in targets] == contents[:8]
     rig.fill(seed=4)
-    promoted = BlockList([key(4)], *(np.array([v], t) for v, t in ((7, np.uint64), (14, np.uint32), (NO_SLOT, np.uint32), (9, np.int32), (0, np.uint16))))  # fmt: skip
+    promoted = BlockList([key(4)], *(np.array([value]) for value in (7, 14, NO_SLOT, 9, 0)))
     assert rig.run("load", promoted) == set()
     assert rig.content(9) == contents[4]
 

@@ -1,0 +1,119 @@
+"""Fixtures of the tests that start a real vLLM: models, prompts from a seed, and the tokens vLLM alone answers with."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import VOCABULARY, make
+from vllm_process import Answer, VllmProcess
+
+from tests.e2e.offload import POOL
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+Prompt = list[int]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def model() -> Callable[[str], Path]:
+    """`model("llama")` is the folder of that model, made at first use and kept under build/."""
+    return lambda name: make(name, BUILD / "models")
+
+
+class Prompts:
+    """Prompts of random tokens. They share no prefix unless one is given."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+
+    def one(self, tokens: int, prefix: Prompt = ()) -> Prompt:
+        return [*prefix, *(self.random.randrange(3, VOCABULARY) for _ in range(tokens - len(prefix)))]
+
+    def many(self, count: int, tokens: int, prefix: Prompt = ()) -> list[Prompt]:
+        return [self.one(tokens, prefix) for _ in range(count)]
+
+
+@pytest.fixture
+def prompts(seed: int, request: pytest.FixtureRequest) -> Prompts:
+    """Of a seed that follows from the run's seed and the test's name, so that a test can be run again alone."""
+    return Prompts(f"{seed} {request.node.name}")
+
+
+class Baseline:
+    """The right answers: what vLLM says without the connector. One engine per model and options."""
+
+    # Nothing is evicted and nothing is shared: each prompt is computed from its first token.
+    ENGINE = {"num_gpu_blocks_override": 1024, "enable_prefix_caching": False, "max_model_len": 3072}
+
+    def __init__(self, model: Callable[[str], Path], logs: Path):
+        self._model = model
+        self._logs = logs
+        self._engines: dict[tuple, VllmProcess] = {}
+        self._known: dict[tuple, list[int]] = {}
+
+    def tokens(self, model: str, prompts: list[Prompt], max_tokens: int = 16, **options) -> list[list[int]]:
+        def key(prompt: Prompt) -> tuple:
+            return model, max_tokens, tuple(prompt), *options.items()
+
+        unknown = list({key(prompt): prompt for prompt in prompts if key(prompt) not in self._known}.values())
+        if unknown:
+            answers = self._engine(model, options).generate(unknown, max_tokens)
+            for prompt, answer in zip(unknown, answers, strict=True):
+                self._known[key(prompt)] = answer.tokens
+        return [self._known[key(prompt)] for prompt in prompts]
+
+    def check(self, model: str, prompts: list[Prompt], answers: list[Answer], max_tokens: int = 16) -> None:
+        """Every answer has exactly the tokens that vLLM alone gives."""
+        wrong = [
+            f"prompt {index}: {answer.tokens}, right is {right} ({answer.cached_tokens} tokens were cached)"
+            for index, (answer, right) in enumerate(
+                zip(answers, self.tokens(model, prompts, max_tokens), strict=True)
+            )
+            if answer.tokens != right
+        ]
+        assert not wrong, "\n".join(wrong)
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.shutdown()
+
+    def _engine(self, model: str, options: dict) -> VllmProcess:
+        key = (model, *options.items())
+        if key not in self._engines:
+            log = self._logs / f"baseline-{len(self._engines)}.log"
+            self._engines[key] = VllmProcess(self._model(model), log=log, **{**self.ENGINE, **options})
+        return self._engines[key]
+
+
+@pytest.fixture(scope="session")
+def baseline(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Baseline]:
+    answers = Baseline(model, tmp_path_factory.mktemp("baseline"))
+    yield answers
+    answers.close()
+
+
+@pytest.fixture
+def start(model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., VllmProcess]]:
+    """`start("llama", {"dram_kv_offload_gb": 1}, num_gpu_blocks_override=128)`: an engine that ends with the test."""
+    engines: list[VllmProcess] = []
+
+    def start(name: str, connector_config: dict | None = None, **options) -> VllmProcess:
+        log = tmp_path / f"vllm-{len(engines)}.log"
+        engines.append(VllmProcess(model(name), connector_config, log=log, **options))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.kill9()  # whoever wants it to end in order calls shutdown()
+
+
+@pytest.fixture
+def serve(start: Callable[..., VllmProcess]) -> Callable[..., VllmProcess]:
+    """`start`, over a KV pool that holds one prompt."""
+    return lambda name, settings, **options: start(name, settings, **{**POOL, **options})

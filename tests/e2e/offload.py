@@ -1,0 +1,40 @@
+"""vLLM with kvoffload over a KV pool that holds one prompt, and what the tests ask about it."""
+
+import time
+
+from vllm_process import Answer, VllmProcess
+
+TOKENS = 8  # answered per prompt
+BLOCK = 32  # tokens
+PROMPT = 30 * BLOCK
+POOL = {"max_model_len": 1056, "num_gpu_blocks_override": 40}  # a prompt of 30 blocks pushes out the one before
+SOURCES = ("device", "host", "disk")
+SETTLE_S = 30
+
+
+def ask(engine: VllmProcess, prompts: list[list[int]], **options) -> list[list[int]]:
+    return [answer.tokens for answer in engine.generate(prompts, TOKENS, **options)]
+
+
+def ask_one(engine: VllmProcess, prompt: list[int]) -> tuple[Answer, dict[str, float]]:
+    """The answer, and how many of the prompt's tokens were found where: in GPU memory, DRAM ("host") or on SSD."""
+    before = loaded(engine)
+    (answer,) = engine.generate([prompt], TOKENS)
+    after = loaded(engine)
+    return answer, {source: after[source] - before[source] for source in SOURCES}
+
+
+def loaded(engine: VllmProcess) -> dict[str, float]:
+    metrics = engine.metrics()
+    return {source: metrics.sum("vllm:prompt_tokens_cached_by_source_total", source=source) for source in SOURCES}
+
+
+def settle(engine: VllmProcess) -> None:
+    """Waits until every stored block is on SSD."""
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        metrics = engine.metrics()
+        if metrics.sum("kvoffload_demotions_total") >= metrics.sum("kvoffload_stored_blocks_total") > 0:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"stored blocks did not reach the SSD within {SETTLE_S} s")

@@ -1,0 +1,61 @@
+"""Many more prompts than the caps hold."""
+
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvoffload.layout import slot_bytes
+from tests.e2e.offload import BLOCK, TOKENS, ask
+
+PAYLOAD = 8 * 2 * 4 * 64 * 4 * 32  # layers, K and V, heads, head size, float32, tokens: one block of the llama
+
+
+def disk_bytes(path: Path) -> int:
+    found = subprocess.run(["du", "-s", "-B1", str(path)], capture_output=True, text=True)  # files may go meanwhile
+    return int(found.stdout.split()[0])
+
+
+def arena_bytes(pid: int) -> int:
+    """Resident bytes of the engine's arena: the one mapping advised to use huge pages that is ours by size."""
+    resident, size = 0, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line.startswith("Size:"):
+            size = int(line.split()[1]) * 1024
+        elif line.startswith("Rss:") and size:
+            rss = int(line.split()[1]) * 1024
+        elif line.startswith("VmFlags:") and " hg" in line:
+            resident += rss
+    return resident
+
+
+@pytest.mark.parametrize("dram_gb", [0.02, 0])
+def test_two_hundred_prompts_stay_below_caps_that_hold_twenty(serve, baseline, prompts, tmp_path, dram_gb):
+    asked = prompts.many(200, 2 * BLOCK)
+    asked += asked[:20] + asked[-20:]
+    want = baseline.tokens("llama", asked, TOKENS)
+    ssd_gb = round(20 * 2 * slot_bytes(PAYLOAD) / 1e9, 4)  # twenty prompts of two blocks
+    settings = {"nvme_path": str(tmp_path), "dram_kv_offload_gb": dram_gb, "ssd_kv_offload_gb": ssd_gb}
+    small = serve("llama", settings)
+    peaks = {"disk": 0, "dram": 0}
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(0.05):
+            peaks["disk"] = max(peaks["disk"], disk_bytes(tmp_path / "kvoffload"))
+            peaks["dram"] = max(peaks["dram"], sum(arena_bytes(process.pid) for process in small.processes()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert ask(small, asked, concurrency=4) == want
+    finally:
+        done.set()
+        watcher.join()
+    print(f"peaks {peaks}, caps {dram_gb * 1e9:.0f} and {ssd_gb * 1e9:.0f}")
+    assert 0 < peaks["disk"] <= ssd_gb * 1e9
+    assert peaks["dram"] > 0
+    if dram_gb:
+        assert peaks["dram"] <= dram_gb * 1e9
+    assert small.metrics().sum("kvoffload_evictions_total", tier="ssd") > 0

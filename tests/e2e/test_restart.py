@@ -1,0 +1,90 @@
+"""What outlives an engine: restarts, kill -9, other models beside it."""
+
+import subprocess
+
+import pytest
+from vllm_process import EngineError
+
+from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, ask_one, settle
+
+
+def test_a_restart_resumes_and_resume_off_starts_empty(serve, baseline, prompts, tmp_path):
+    asked = prompts.many(3, PROMPT)
+    want = baseline.tokens("llama", asked, TOKENS)
+    settings = {"nvme_path": str(tmp_path), "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.3}
+    first = serve("llama", settings, with_module_path=True)
+    assert ask(first, asked) == want
+    settle(first)
+    with pytest.raises(EngineError, match="another engine|in use|held by"):
+        serve("llama", settings)  # the namespace has an owner
+    assert ask(first, asked[:1]) == want[:1]
+    first.shutdown()
+
+    second = serve("llama", settings)
+    for prompt, tokens in zip(asked, want, strict=True):
+        answer, source = ask_one(second, prompt)
+        assert answer.tokens == tokens
+        assert source["disk"] >= 29 * BLOCK, source
+    second.shutdown()
+
+    third = serve("llama", {**settings, "resume_kv_cache": False})
+    answer, source = ask_one(third, asked[0])
+    assert answer.tokens == want[0] and not any(source.values())
+
+
+def test_kill_9_in_the_middle_of_stores_loses_only_what_was_not_acknowledged(serve, baseline, prompts, tmp_path):
+    asked = prompts.many(6, PROMPT)
+    want = baseline.tokens("llama", asked, TOKENS)
+    settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3}
+    first = serve("llama", settings)
+    assert ask(first, asked[:2]) == want[:2]
+    settle(first)
+    for prompt in asked[2:]:
+        first.submit(prompt, 8)
+    for _ in range(1000):
+        if first.metrics().sum("kvoffload_stored_blocks_total") > 75:
+            break
+    first.kill9()
+
+    second = serve("llama", settings)
+    sources = []
+    for prompt, tokens in zip(asked, want, strict=True):
+        answer, source = ask_one(second, prompt)
+        assert answer.tokens == tokens
+        sources.append(source["disk"])
+    assert sources[0] >= 29 * BLOCK and sources[1] >= 29 * BLOCK, sources
+    assert sum(sources) < 6 * 29 * BLOCK, sources
+    assert second.metrics().sum("kvoffload_load_failures_total") == 0
+
+
+def test_other_models_dtypes_and_tensor_parallel_sizes_neither_hit_nor_harm(serve, baseline, prompts, tmp_path):
+    asked = prompts.many(2, PROMPT)
+    want = baseline.tokens("llama", asked, TOKENS)
+    settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 1.0}
+    first = serve("llama", settings)
+    assert ask(first, asked) == want
+    settle(first)
+    first.shutdown()
+    before = subprocess.run(["find", str(tmp_path), "-name", "*.slots"], capture_output=True, text=True).stdout.split()
+    digests = digest(before)
+    for name, arguments in (("gemma", {}), ("llama", {"dtype": "bfloat16"}), ("llama", {"tensor_parallel_size": 2})):
+        other = serve(name, settings, **{"num_gpu_blocks_override": 130, **arguments})
+        answer, source = ask_one(other, asked[0])
+        assert not any(source.values()), (name, arguments, source)
+        if "dtype" not in arguments:
+            assert [answer.tokens] == baseline.tokens(name, asked[:1], TOKENS, **arguments)
+        other.shutdown()
+    assert digest(before) == digests
+    again = serve("llama", settings)
+    for prompt, tokens in zip(asked, want, strict=True):
+        answer, source = ask_one(again, prompt)
+        assert answer.tokens == tokens and source["disk"] >= 29 * BLOCK
+
+
+def digest(paths: list[str]) -> str:
+    return subprocess.run(["sha256sum", *paths], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_wrong_setting_is_one_clear_sentence(serve):
+    with pytest.raises(EngineError, match="unknown configuration key 'dram_kv_ofload_gb'.*'dram_kv_offload_gb'"):
+        serve("llama", {"dram_kv_ofload_gb": 1})

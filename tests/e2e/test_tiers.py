@@ -1,0 +1,126 @@
+"""One engine, both tiers: where blocks come from, that answers stay the same, and what the metrics say."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, ask_one, loaded, settle
+
+
+def test_a_prefix_evicted_from_gpu_and_dram_comes_back_from_ssd_and_mixed_with_new_tokens(
+    serve, baseline, prompts, tmp_path
+):
+    (first, *fillers) = prompts.many(5, PROMPT)
+    (longer,) = prompts.many(1, 32 * BLOCK, first)
+    # DRAM holds about three prompts of 30 blocks, the SSD all of them.
+    both = serve("llama", {"nvme_path": str(tmp_path), "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.3})
+    want = baseline.tokens("llama", [first, *fillers, longer], TOKENS)
+    assert ask(both, [first]) == want[:1]
+    settle(both)
+    answer, source = ask_one(both, fillers[0])  # pushes the first prompt out of the GPU pool
+    assert answer.tokens == want[1] and not any(source.values())
+    answer, source = ask_one(both, first)
+    assert answer.tokens == want[0]
+    assert source["host"] > 0 and source["disk"] == 0 and sum(source.values()) == PROMPT, source
+    assert ask(both, fillers) == want[1:5]
+    settle(both)
+    answer, source = ask_one(both, longer)  # the beginning is on SSD, its last two blocks are new
+    assert answer.tokens == want[5]
+    assert source["disk"] > 0 and sum(source.values()) == PROMPT, source
+
+    # Part in DRAM, part on SSD, part new.
+    ask(both, fillers[:2])
+    (mixed,) = prompts.many(1, 32 * BLOCK, longer[: 15 * BLOCK])
+    answer, source = ask_one(both, mixed)
+    assert answer.tokens == baseline.tokens("llama", [mixed], TOKENS)[0]
+    assert source["disk"] + source["host"] > 0 and sum(source.values()) == 15 * BLOCK, source
+
+    check_metrics(both)
+
+
+def check_metrics(both):
+    metrics = both.metrics()
+    assert metrics.sum("kvoffload_hit_blocks_total", tier="ssd") > 0
+    assert metrics.sum("kvoffload_hit_blocks_total", tier="dram") > 0
+    assert metrics.sum("kvoffload_transfer_bytes_total", direction="read") > 0
+    assert 0 < metrics.sum("kvoffload_used_bytes", tier="ssd") <= metrics.sum("kvoffload_capacity_bytes", tier="ssd")
+    assert metrics.sum("kvoffload_evictions_total", tier="dram") > 0
+    assert metrics.sum("kvoffload_load_failures_total") == 0
+
+
+def test_damaged_slots_are_recomputed_and_the_engine_lives(serve, baseline, prompts, tmp_path):
+    asked = prompts.many(3, PROMPT)
+    want = baseline.tokens("llama", asked, TOKENS)
+    # kv_load_failure_policy is left at its default, which is to fail
+    ssd = serve("llama", {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3})
+    assert ask(ssd, asked) == want
+    settle(ssd)
+    (slots,) = tmp_path.rglob("*.slots")
+    with slots.open("r+b", buffering=0) as file:
+        for offset in range(4096 + 100_000, os.path.getsize(slots), 250_000):  # every slot is hit twice or more
+            file.seek(offset)
+            file.write(os.urandom(512))
+        os.fsync(file.fileno())
+    assert ask(ssd, asked) == want
+    metrics = ssd.metrics()
+    assert metrics.sum("kvoffload_load_failures_total") > 0
+    assert metrics.sum("kvoffload_transfer_failures_total", direction="read", reason="EBADMSG") > 0
+    settle(ssd)
+    assert ask(ssd, asked) == want  # stored anew by then, and good again
+    answer, source = ask_one(ssd, asked[0])
+    assert answer.tokens == want[0] and source["disk"] > 0 and sum(source.values()) == PROMPT
+
+
+@pytest.mark.parametrize("settings", [{"dram_kv_offload_gb": 0.06}, {"dram_kv_offload_gb": 0}])
+def test_sixteen_requests_with_shared_prefixes_and_aborts_during_loads(serve, baseline, prompts, tmp_path, settings):
+    (head,) = prompts.many(1, 12 * BLOCK)
+    asked = [prompt for shared in (4, 8, 12) for prompt in prompts.many(6, 16 * BLOCK, head[: shared * BLOCK])]
+    want = baseline.tokens("llama", asked, TOKENS)
+    pool = {"num_gpu_blocks_override": 160, "max_num_seqs": 16}
+    both = serve("llama", {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.4, **settings}, **pool)
+    assert ask(both, asked, concurrency=16) == want
+    for round_number in range(4):
+        both.reset_gpu_prefix_cache()
+        names = [f"doomed {round_number} {number}" for number in range(8)]
+        doomed = [both.submit(prompt, 64, request_id=name) for name, prompt in zip(names, asked, strict=False)]
+        time.sleep(0.01 * round_number)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(both.abort, names))
+        assert ask(both, asked, concurrency=16) == want
+        for future in doomed:
+            both.answer(future)
+    source = loaded(both)
+    assert source["disk"] + source["host"] > 0
+
+
+def test_blocks_produced_while_decoding_are_kept_unless_long_tokens_are_disabled(serve, prompts, tmp_path):
+    (prompt,) = prompts.many(1, 4 * BLOCK)
+    for disabled in (False, True):
+        one = serve("llama", {"dram_kv_offload_gb": 0.1, "disable_long_token": disabled})
+        (answer,) = one.generate([prompt], 3 * BLOCK)
+        ask(one, prompts.many(3, PROMPT))
+        _, source = ask_one(one, prompt + answer.tokens)
+        assert sum(source.values()) == (4 if disabled else 6) * BLOCK, source
+        one.shutdown()
+
+
+def test_gpu_prefix_hits_are_ignored_when_gpu_reuse_is_disabled(serve, baseline, prompts):
+    (prompt,) = prompts.many(1, PROMPT)
+    one = serve("llama", {"dram_kv_offload_gb": 0.1, "disable_gpu_reuse": True})
+    assert ask(one, [prompt]) == baseline.tokens("llama", [prompt], TOKENS)
+    answer, source = ask_one(one, prompt)
+    assert answer.tokens == baseline.tokens("llama", [prompt], TOKENS)[0]
+    assert source["device"] == 0 and source["host"] == PROMPT
+    assert len(one.generate([prompt] * 4, TOKENS, concurrency=4)) == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"dram_kv_offload_gb": 0.1, "disable_kv_cache": True}])
+def test_off_is_plain_vllm(serve, baseline, prompts, settings):
+    asked = prompts.many(2, PROMPT)
+    off = serve("llama", settings)
+    assert ask(off, asked) == baseline.tokens("llama", asked, TOKENS)
+    assert ask(off, asked) == baseline.tokens("llama", asked, TOKENS)
+    assert not any(loaded(off)[source] for source in ("host", "disk"))
+    assert off.metrics().sum("kvoffload_stored_blocks_total") == 0
