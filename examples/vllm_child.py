@@ -25,17 +25,25 @@ class Child:
             engine_args["kv_transfer_config"] = KVTransferConfig(**transfer)
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args))
         self.answers = answers
+        self.tasks: set[asyncio.Task] = set()
+        self.accepted: dict[str, asyncio.Event] = {}  # by request id: vLLM knows the request, or has refused it
 
     def answer(self, **message) -> None:
         os.write(self.answers, json.dumps(message).encode() + b"\n")
 
-    async def run(self, id: int, op: str, **arguments) -> None:
-        try:
-            result = await getattr(self, f"op_{op}")(**arguments)
-        except (RuntimeError, ValueError, TypeError) as error:  # the engine died, or it refuses the request
+    def start(self, id: int, op: str, **arguments) -> None:
+        task = asyncio.create_task(getattr(self, f"op_{op}")(**arguments))
+        self.tasks.add(task)
+        task.add_done_callback(lambda task: self.finish(id, task))
+
+    def finish(self, id: int, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        if task.cancelled():
+            return
+        if error := task.exception():  # the engine died, or it refused the request
             self.answer(id=id, error=f"{type(error).__name__}: {error}")
         else:
-            self.answer(id=id, result=result)
+            self.answer(id=id, result=task.result())
 
     async def op_generate(self, prompt: list[int], max_tokens: int, request_id: str, cache_salt: str | None) -> dict:
         params = SamplingParams(
@@ -44,24 +52,33 @@ class Child:
         inputs = {"prompt_token_ids": prompt}
         if cache_salt is not None:
             inputs["cache_salt"] = cache_salt
-        tokens, ttft_s, cached, reason = [], None, 0, None
+        tokens, ttft_s = [], None
+        self.accepted[request_id] = asyncio.Event()
         started = time.perf_counter()
-        async for output in self.llm.generate(inputs, params, request_id):
+        try:
+            outputs = await self.llm.add_request(request_id, inputs, params)
+        finally:
+            self.accepted[request_id].set()
+        finished = False
+        while not finished:
+            output = outputs.get_nowait() or await outputs.get()
             (completion,) = output.outputs
             if completion.token_ids and ttft_s is None:
                 ttft_s = time.perf_counter() - started
             tokens.extend(completion.token_ids)
-            cached, reason = output.num_cached_tokens, completion.finish_reason
+            finished = output.finished
+        outputs.close()
         return {
             "request_id": request_id,
             "tokens": tokens,
             "ttft_s": ttft_s,
             "total_s": time.perf_counter() - started,
-            "cached_tokens": cached,
-            "finish_reason": reason,
+            "cached_tokens": output.num_cached_tokens,
+            "finish_reason": completion.finish_reason,
         }
 
     async def op_abort(self, request_id: str) -> None:
+        await self.accepted[request_id].wait()  # vLLM ignores an abort of a request it has not seen yet
         await self.llm.abort(request_id)
 
     async def op_metrics(self) -> list:
@@ -77,13 +94,10 @@ async def serve(engine_args: dict, answers: int) -> None:
     child = Child(engine_args, answers)
     child.answer(id=0, result={"start_s": time.perf_counter() - started})
     loop = asyncio.get_running_loop()
-    tasks: set[asyncio.Task] = set()
     # The parent ends us by closing the pipe, or by dying: both end this loop.
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        task = asyncio.create_task(child.run(**json.loads(line)))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    for task in list(tasks):
+        child.start(**json.loads(line))
+    for task in child.tasks:
         task.cancel()
     child.llm.shutdown(timeout=60)
 

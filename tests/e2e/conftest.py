@@ -81,7 +81,7 @@ class Baseline:
 
     def close(self) -> None:
         for engine in self._engines.values():
-            engine.shutdown()
+            engine.kill9()
 
     def _engine(self, model: str, options: dict) -> VllmProcess:
         key = (model, *options.items())

@@ -24,9 +24,7 @@ def test_vllm_alone_answers_the_same_with_and_without_its_prefix_cache(start, ba
     engine.abort("unwanted")
     assert engine.answer(future).finish_reason == "abort"
 
-    processes = engine.processes()
     pending = engine.submit(prompts.one(700))
-    engine.kill9()
-    assert not any(process.is_running() for process in processes)
+    engine.kill9()  # raises if a process outlives it
     with pytest.raises(EngineError):
         engine.answer(pending)
