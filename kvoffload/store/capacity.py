@@ -90,14 +90,17 @@ class Geometry:
         return sum(self.path_bytes(index, slot_count) for index in range(self.paths))
 
 
-def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometry) -> int:
-    """How many slots there shall be; None as cap is automatic. StoreError, with figures, if that is impossible."""
+def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometry, sharers: int = 1) -> int:
+    """How many slots there shall be; None as cap is automatic. StoreError, with figures, if that is impossible.
+
+    sharers: engines of one deployment, each with a namespace of its own, among which the cap is divided evenly.
+    """
     if cap_bytes is None:
         emptiest = min(_free_share(use, uses) for use in uses)
-        budget = int(AUTOMATIC_SHARE * (emptiest * len(uses) + sum(use.own for use in uses)))
+        budget = int(AUTOMATIC_SHARE * (emptiest * len(uses) + sum(use.own for use in uses))) // sharers
     else:
         # Blocks are striped evenly, so the path with the least room left decides for all.
-        budget = len(uses) * min(cap_bytes // len(uses) - use.others for use in uses)
+        budget = min(cap_bytes // sharers, len(uses) * min(cap_bytes // len(uses) - use.others for use in uses))
     slot_count = geometry.slots(budget)
     if slot_count < SLOTS_MIN:
         raise StoreError(_too_small(cap_bytes, uses, geometry))

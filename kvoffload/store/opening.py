@@ -52,7 +52,7 @@ class _Found:
     created: str  # when the namespace was
 
 
-def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int) -> Opened:
+def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int, sharers: int) -> Opened:
     """Hold, check and prepare the namespace; StoreError if that is impossible, and then nothing has been lost."""
     with contextlib.ExitStack() as meanwhile, contextlib.ExitStack() as on_failure:
         roots = [_open_root(path, meanwhile) for path in config.paths]
@@ -74,7 +74,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
             uses = [capacity.measure(root, identity.namespace) for root in roots]
-            slot_count = capacity.decide_slots(config.ssd_bytes, uses, geometry)
+            slot_count = capacity.decide_slots(config.ssd_bytes, uses, geometry, sharers)
             dropped = found.index.drop_slots_from(slot_count)
             if dropped:
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)

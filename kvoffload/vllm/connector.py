@@ -82,7 +82,7 @@ class KVOffloadConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         meta = self.scheduler.build_connector_meta(scheduler_output)
-        return KVOffloadMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, self._manager.take_plan())
+        return KVOffloadMetadata(**vars(meta), plan=self._manager.take_plan())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         meta = connector_output.kv_connector_worker_meta

@@ -1,7 +1,9 @@
 """What makes two KV caches the same: everything that decides the bytes of a block but is not in vLLM's block hash."""
 
+import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BLOB = re.compile("[0-9a-f]{64}")  # a large file's name in the Hugging Face cache
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def _content(path: Path) -> str:
+    """What tells a file's content: its name in the hub's cache, which is its SHA-256, or a digest of every byte."""
+    blob = path.resolve().name
+    if path.is_symlink() and BLOB.fullmatch(blob):
+        return blob
+    digest = blake3(max_threads=blake3.AUTO)
+    digest.update_mmap(path)
+    return digest.hexdigest()
 
 
 def files_digest(directory: Path) -> str:
@@ -27,9 +40,7 @@ def files_digest(directory: Path) -> str:
     files = sorted(path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
     total = blake3()
     for path in files:
-        content = blake3(max_threads=blake3.AUTO)
-        content.update_mmap(path)
-        total.update(str(path.relative_to(directory)).encode() + b"\0" + content.digest())
+        total.update(f"{path.relative_to(directory)}\0{_content(path)}\0".encode())
     return total.hexdigest() if files else "none"
 
 
@@ -53,12 +64,18 @@ def _model_shape(hf_config: Any) -> dict[str, Any]:
     shape = hf_config.to_dict()
     for name in ("transformers_version", "_name_or_path", "_commit_hash"):
         shape.pop(name, None)
-    return shape
+    return json.loads(json.dumps(shape, default=str))
 
 
 def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> dict[str, Any]:
     """The namespace's identity, in clear text and JSON-able. Anything that differs gives another namespace."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    if "xxhash" in cache.prefix_caching_hash_algo and "PYTHONHASHSEED" not in os.environ:
+        logger.warning(
+            "kvoffload: with prefix_caching_hash_algo=%s vLLM draws a new hash seed at every start, so nothing is found "
+            "again after a restart; set PYTHONHASHSEED or use sha256",
+            cache.prefix_caching_hash_algo,
+        )
     return {
         "model": model.model,
         "weights": weights_digest(config),

@@ -99,7 +99,8 @@ class ManagerAdapter(OffloadingManager):
             )
         journal: Store | NoJournal = NoJournal()
         if settings.ssd_bytes != 0:
-            journal = self._store = Store.open(settings, identity, payload_bytes, ranks)
+            sharers = parallel.data_parallel_size
+            journal = self._store = Store.open(settings, identity, payload_bytes, ranks, sharers)
             self._attach = tuple(self._store.slot_files(rank) for rank in range(ranks))
         entries = self._store.entries() if self._store else []
         self._block_bytes = ranks * slot_bytes(payload_bytes)

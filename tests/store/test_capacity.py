@@ -242,3 +242,12 @@ def test_a_truncated_file_of_another_namespace_does_not_matter(tmp_path: Path) -
     (namespace_of(tmp_path) / "manifest.json").write_text("{")
     os.truncate(slot_file(tmp_path), 3)
     open_store(tmp_path).close()
+
+
+def test_engines_of_one_deployment_divide_the_cap_evenly() -> None:
+    geometry = Geometry(PAYLOAD, ranks=1, paths=1)
+    whole = decide_slots(20 * MB, [use("/a")], geometry)
+    first = decide_slots(20 * MB, [use("/a")], geometry, sharers=2)
+    second = decide_slots(20 * MB, [use("/a", others=geometry.total_bytes(first))], geometry, sharers=2)
+    assert first == second
+    assert first + second <= whole < first + second + 4
