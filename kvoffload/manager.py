@@ -158,11 +158,12 @@ class BlockManager:
 
     # -- loads -------------------------------------------------------------------------------------------------
 
-    def load(self, keys: Collection[BlockKey], owner: str) -> list[Placement]:
+    def load(self, keys: Sequence[BlockKey], owner: str) -> list[Placement]:
         """Places to load `keys` from, in order; they stay in use until `load_done`.
 
         REQUIRES: `lookup` answered for each key in this step. `owner` has no other load of the same key in flight.
         """
+        self._use(keys)  # before slots are taken: what moves in must not push out what is loaded beside it
         placements = []
         for key in keys:
             block = self._blocks[key]
@@ -234,17 +235,17 @@ class BlockManager:
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """The blocks (prefix order) were used just now. Eviction takes the tail of a prefix before its head."""
-        on_ssd = []
-        for key in reversed(keys):
-            block = self._blocks.get(key)
-            if block is None:
-                continue
-            block.used = self._tick()
-            if block.ssd is State.READY:
-                on_ssd.append(key)
-            self._settle(block)
+        on_ssd = [block.key for block in self._use(keys) if block.ssd is State.READY]
         if on_ssd:
             self._journal.touch(on_ssd)
+
+    def _use(self, keys: Sequence[BlockKey]) -> list[Block]:
+        """Notes that those of `keys` there are were used just now, the last one first."""
+        blocks = [self._blocks[key] for key in reversed(keys) if key in self._blocks]
+        for block in blocks:
+            block.used = self._tick()
+            self._settle(block)
+        return blocks
 
     # -- demotion ----------------------------------------------------------------------------------------------
 

@@ -30,14 +30,28 @@ def test_a_prefix_evicted_from_gpu_and_dram_comes_back_from_ssd_and_mixed_with_n
     assert answer.tokens == want[5]
     assert source["disk"] > 0 and sum(source.values()) == PROMPT, source
 
-    # Part in DRAM, part on SSD, part new.
-    ask(both, fillers[:2])
-    (mixed,) = prompts.many(1, 32 * BLOCK, longer[: 15 * BLOCK])
-    answer, source = ask_one(both, mixed)
-    assert answer.tokens == baseline.tokens("llama", [mixed], TOKENS)[0]
-    assert source["disk"] + source["host"] > 0 and sum(source.values()) == 15 * BLOCK, source
-
     check_metrics(both)
+
+
+def test_one_prompt_is_loaded_partly_from_dram_partly_from_ssd_and_partly_computed(serve, baseline, prompts, tmp_path):
+    (first, *fillers) = prompts.many(6, PROMPT)
+    (half,) = prompts.many(1, PROMPT, first[: 15 * BLOCK])
+    (longer,) = prompts.many(1, 32 * BLOCK, first)
+    want = baseline.tokens("llama", [first, half, longer], TOKENS)
+    both = serve("llama", {"nvme_path": str(tmp_path), "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.3})
+    ask(both, [first])
+    for filler in fillers:  # DRAM holds three prompts
+        settle(both)
+        ask(both, [filler])
+    settle(both)
+    both.reset_gpu_prefix_cache()
+    answer, source = ask_one(both, half)  # moves half of the first prompt into DRAM
+    assert answer.tokens == want[1]
+    assert source == {"device": 0, "host": 0, "disk": 15 * BLOCK}
+    both.reset_gpu_prefix_cache()
+    answer, source = ask_one(both, longer)
+    assert answer.tokens == want[2]
+    assert source == {"device": 0, "host": 15 * BLOCK, "disk": 15 * BLOCK}
 
 
 def check_metrics(both):

@@ -110,6 +110,22 @@ def test_a_hit_on_ssd_moves_into_dram():
     assert books.manager.tier(b"a0") is Tier.DRAM
 
 
+def test_a_block_that_moved_into_dram_is_not_the_first_to_leave_it():
+    books = Books(dram=4, ssd=16)
+    books.store(prefix("a", 4))
+    books.demote()
+    books.store(prefix("b", 4))
+    books.demote()
+    for key in prefix("a", 2):
+        books.manager.lookup(key)
+    books.manager.load(prefix("a", 2), "r")
+    books.manager.load_done(prefix("a", 2), "r")
+    books.manager.end_step()
+    books.store(prefix("c", 2))  # the same request's next blocks
+    assert books.tiers(prefix("a", 2)) == [Tier.DRAM] * 2
+    assert books.tiers(prefix("b", 4)) == [Tier.SSD] * 4
+
+
 def test_a_second_load_of_a_block_on_its_way_to_dram_reads_the_ssd_by_itself():
     books = Books(dram=4, ssd=8)
     books.store(prefix("a", 1))
