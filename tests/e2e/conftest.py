@@ -63,7 +63,9 @@ class Baseline:
 
         unknown = list({key(prompt): prompt for prompt in prompts if key(prompt) not in self._known}.values())
         if unknown:
-            answers = self._engine(model, options).generate(unknown, max_tokens)
+            engine = self._engine(model, options)
+            with engine.awake():
+                answers = engine.generate(unknown, max_tokens)
             for prompt, answer in zip(unknown, answers, strict=True):
                 self._known[key(prompt)] = answer.tokens
         return [self._known[key(prompt)] for prompt in prompts]
