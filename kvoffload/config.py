@@ -12,6 +12,7 @@ from .errors import ConfigError
 GB = 10**9
 AUTOMATIC = -1.0
 _GB_MAX = 10**9  # an exabyte
+_PATHS_MAX = 64  # far beyond a machine's drives; every path holds one file for every rank open
 
 
 def _as_number(name: str, value: object) -> float:
@@ -19,6 +20,8 @@ def _as_number(name: str, value: object) -> float:
         raise ValueError(f"{name} must be a number of GB (10^9 bytes), not {value!r}")
     if not abs(value) <= _GB_MAX:  # so written, NaN is refused too
         raise ValueError(f"{name} must be a finite number of GB, at most {_GB_MAX}, not {value!r}")
+    if value > 0 and round(value * GB) == 0:  # it would count as off here and as set there
+        raise ValueError(f"{name} must be at least one byte, or 0 (off), not {value!r} GB")
     return float(value)
 
 
@@ -61,10 +64,6 @@ class Config(BaseModel):
     def enabled(self) -> bool:
         return not self.disable_kv_cache and (self.dram_kv_offload_gb != 0 or self.ssd_kv_offload_gb != 0)
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return self.nvme_path
-
     @field_validator("nvme_path", mode="before")
     @classmethod
     def _check_paths(cls, value: object) -> tuple[str, ...]:
@@ -73,6 +72,13 @@ class Config(BaseModel):
             raise ValueError(f"nvme_path must be a path or a list of paths, not {value!r}")
         if not all(listed) or any("\0" in path for path in listed):
             raise ValueError("nvme_path must not hold an empty path or a NUL byte")
+        if len(listed) > _PATHS_MAX:
+            raise ValueError(f"nvme_path must list at most {_PATHS_MAX} paths, not {len(listed)}")
+        for path in listed:
+            try:
+                os.fsencode(path)
+            except UnicodeEncodeError:
+                raise ValueError(f"nvme_path {path!r} holds characters that no file name can have") from None
         # Symlinks stay visible in the result, so that the store can refuse them.
         paths = tuple(os.path.abspath(path) for path in listed)
         for path in paths:

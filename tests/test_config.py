@@ -18,7 +18,7 @@ def message(mapping: dict[str, object]) -> str:
 def test_nothing_set_is_off() -> None:
     config = Config.parse({})
     assert not config.enabled
-    assert (config.dram_bytes, config.ssd_bytes, config.paths) == (0, 0, ())
+    assert (config.dram_bytes, config.ssd_bytes, config.nvme_path) == (0, 0, ())
     assert config.resume_kv_cache
 
 
@@ -37,9 +37,9 @@ def test_disable_kv_cache_wins_over_sizes() -> None:
 
 
 def test_one_path_or_a_list_of_paths_made_absolute() -> None:
-    assert Config.parse({"nvme_path": "/a/"}).paths == ("/a",)
-    assert Config.parse({"nvme_path": ["/b", "/a/../c"]}).paths == ("/b", "/c")
-    assert Config.parse({"nvme_path": None}).paths == ()
+    assert Config.parse({"nvme_path": "/a/"}).nvme_path == ("/a",)
+    assert Config.parse({"nvme_path": ["/b", "/a/../c"]}).nvme_path == ("/b", "/c")
+    assert Config.parse({"nvme_path": None}).nvme_path == ()
 
 
 def test_config_cannot_be_changed() -> None:
@@ -87,3 +87,22 @@ def test_duplicate_paths_are_refused() -> None:
 @pytest.mark.parametrize("value", [10**400, 1e308, 1e10])
 def test_a_size_beyond_every_machine_is_refused(value: float) -> None:
     assert "at most 1000000000" in message({"dram_kv_offload_gb": value})
+
+
+@pytest.mark.parametrize("name", ["dram_kv_offload_gb", "ssd_kv_offload_gb"])
+@pytest.mark.parametrize("value", [1e-10, 5e-324])
+def test_a_size_that_rounds_to_no_byte_is_refused(name: str, value: float) -> None:
+    assert message({"nvme_path": "/a", name: value}) == f"{name} must be at least one byte, or 0 (off), not {value!r} GB"
+
+
+def test_the_smallest_size_is_one_byte() -> None:
+    assert Config.parse({"dram_kv_offload_gb": 1e-9}).dram_bytes == 1
+
+
+def test_more_than_64_paths_are_refused() -> None:
+    assert len(Config.parse({"nvme_path": [f"/{number}" for number in range(64)]}).nvme_path) == 64
+    assert message({"nvme_path": [f"/{number}" for number in range(65)]}) == "nvme_path must list at most 64 paths, not 65"
+
+
+def test_a_path_that_no_file_name_can_have_is_refused() -> None:
+    assert "nvme_path '/a\\ud800' holds characters" in message({"nvme_path": "/a\ud800"})

@@ -55,7 +55,7 @@ class _Found:
 def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int, sharers: int) -> Opened:
     """Hold, check and prepare the namespace; StoreError if that is impossible, and then nothing has been lost."""
     with contextlib.ExitStack() as meanwhile, contextlib.ExitStack() as on_failure:
-        roots = [_open_root(path, meanwhile) for path in config.paths]
+        roots = [_open_root(path, meanwhile) for path in config.nvme_path]
         _refuse_aliases(roots)
         # In one order for every engine, so that two that list the same paths differently can not deadlock.
         for root in sorted(roots, key=lambda root: root.path):
@@ -78,7 +78,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
             dropped = found.index.drop_slots_from(slot_count)
             if dropped:
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
-            writer = _prepare(places, config.paths, found, geometry, slot_count, identity, on_failure)
+            writer = _prepare(places, config.nvme_path, found, geometry, slot_count, identity, on_failure)
         on_failure.pop_all()
         return Opened(
             places=places,
