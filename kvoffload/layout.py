@@ -9,8 +9,11 @@ HEADER_BYTES = 4096  # before a slot's payload
 SUPERBLOCK_BYTES = 4096  # before a slot file's first slot
 JOURNAL_BYTES_PER_SLOT = 512  # the journal is compacted before it outgrows this
 NAMESPACE_BYTES = 256 * 1024  # directories, manifest, lock and the smallest journal
+METADATA_SHARE = 200  # one part of so many: a file system's own blocks of a slot file, which count as the file's
 SLOTS_MIN = 8  # a tier of fewer blocks than this is of no use
 
+ARENA_PAGE = 2 * 2**20  # arenas are mapped in huge pages
+BOUNCE_STEPS, BOUNCE_BYTES = 6, 2 * 2**30  # per rank, when there is no DRAM tier
 SPARE_BYTES = 256 * 2**20
 SPARE_SLOTS_MIN, SPARE_SLOTS_MAX = 4, 64
 
@@ -30,10 +33,20 @@ def spare_slots(payload_bytes: int) -> int:
     return max(SPARE_SLOTS_MIN, min(SPARE_SLOTS_MAX, SPARE_BYTES // slot_bytes(payload_bytes)))
 
 
+def ssd_slot_bytes(payload_bytes: int) -> int:
+    """What one slot of a slot file costs on SSD, the file system's record of where it lies included.
+
+    ext4 spends 12 bytes on every extent, twice that when its blocks are half full. Where free space is in pieces, each
+    slot is an extent, and the smallest slot has 8 KiB.
+    """
+    size = slot_bytes(payload_bytes)
+    return size + math.ceil(size / METADATA_SHARE)
+
+
 def ssd_slots(cap_bytes: int, payload_bytes: int, ranks: int, paths: int) -> int:
     """How many blocks fit on SSD when `cap_bytes` covers slot files of all ranks, journal and directories."""
     fixed = NAMESPACE_BYTES * paths + SUPERBLOCK_BYTES * paths * ranks
-    return max(0, (cap_bytes - fixed) // (ranks * slot_bytes(payload_bytes) + JOURNAL_BYTES_PER_SLOT))
+    return max(0, (cap_bytes - fixed) // (ranks * ssd_slot_bytes(payload_bytes) + JOURNAL_BYTES_PER_SLOT))
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,23 @@ class DramPlan:
     is_tier: bool  # False: slots only carry blocks to the SSD and are freed once they are there
 
 
-def dram_plan(cap_bytes: int, payload_bytes: int, ranks: int) -> DramPlan:
-    """Divide the DRAM cap (all ranks together) into slots; a cap of 0 gives a bounce pool outside any cap."""
+def dram_plan(cap_bytes: int, payload_bytes: int, ranks: int, blocks_per_step: int) -> DramPlan:
+    """Divide the DRAM cap (all ranks together) into slots; a cap of 0 gives a bounce pool outside any cap.
+
+    blocks_per_step: the most blocks one step of the model can complete. The bounce pool holds those of several steps,
+    since that long passes between a block's store and the acknowledgement that it is on SSD.
+    """
+    slot = slot_bytes(payload_bytes)
     spares = spare_slots(payload_bytes)
     if cap_bytes == 0:
-        return DramPlan(slots=spares, spares=spares, is_tier=False)
-    total = cap_bytes // (ranks * slot_bytes(payload_bytes))
+        wanted = min(BOUNCE_STEPS * blocks_per_step, BOUNCE_BYTES // slot)
+        return DramPlan(slots=max(spares, wanted), spares=spares, is_tier=False)
+    total = cap_bytes // ranks // ARENA_PAGE * ARENA_PAGE // slot
     spares = min(spares, max(SPARE_SLOTS_MIN, total // 8))
     return DramPlan(slots=max(0, total - spares), spares=spares, is_tier=True)
+
+
+def least_dram_bytes(payload_bytes: int, ranks: int) -> int:
+    """The smallest DRAM cap that `dram_plan` makes a tier of SLOTS_MIN blocks of."""
+    needed = (SLOTS_MIN + SPARE_SLOTS_MIN) * slot_bytes(payload_bytes)
+    return ranks * math.ceil(needed / ARENA_PAGE) * ARENA_PAGE

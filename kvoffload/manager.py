@@ -5,41 +5,29 @@ is absent, moving in, or ready; what reads it (loads, a demotion) is counted, an
 
 A block's life: `store` gives it a DRAM slot (moving in) -> `store_done` (ready, and dirty while the SSD lacks it)
 -> `plan` demotes it (SSD slot, moving in) -> `ack` from every rank (ready on SSD, journalled; clean) -> eviction of
-the DRAM copy is bookkeeping. `lookup` spares what it promised until `end_step`, `load` keeps it in use until
-`load_done`. A failure forgets the block; the request recomputes.
+the DRAM copy is bookkeeping. `lookup` promises a block until `end_step`, `load` keeps it in use until
+`load_done`. A block that fails is forgotten; the request recomputes.
 """
 
 import errno
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from enum import Enum
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
-from kvoffload.policy import LRU
+from kvoffload.blocks import Block, Pause, Placement, State, Stored
+from kvoffload.policy import LRU, EvictionPolicy
 from kvoffload.slots import SlotPool
 from kvoffload.types import NO_SLOT, BlockKey, Demotion, Tier
 
 logger = logging.getLogger(__name__)
 
-DEMOTIONS_MAX = 64  # in flight at once; bounds what a stalled drive can hold
-PAUSE_MIN_S, PAUSE_MAX_S = 1.0, 60.0  # without writes to the SSD after a failed one
+DEMOTIONS_MAX = 512  # in flight at once: acknowledgements come a few steps later, and the drive must not wait for them
 
 
-class State(Enum):
-    ABSENT = "absent"
-    MOVING_IN = "moving in"
-    READY = "ready"
-
-
-class Placement(NamedTuple):
-    """Where a block is to be stored to or loaded from. NO_SLOT: not there; a load then passes through spare memory."""
-
-    key: BlockKey
-    generation: int
-    dram_slot: int
-    ssd_slot: int
+NOTHING: Mapping[BlockKey, int] = MappingProxyType({})
 
 
 class Journal(Protocol):
@@ -65,26 +53,6 @@ class Recovered(Protocol):
     group: int
 
 
-class Block:
-    __slots__ = (
-        "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
-        "dirty", "used", "loads", "demotion", "promoter", "gone",
-    )  # fmt: skip
-
-    def __init__(self, key: BlockKey, group: int, generation: int, used: int):
-        self.key = key
-        self.group = group
-        self.generation = generation
-        self.used = used  # when it was last used, on the manager's counter
-        self.dram, self.dram_slot = State.ABSENT, NO_SLOT
-        self.ssd, self.ssd_slot = State.ABSENT, NO_SLOT
-        self.dirty = False  # ready in DRAM and still wanted on SSD
-        self.loads = 0  # loads in flight that read it
-        self.demotion: int | None = None  # id of the demotion in flight
-        self.promoter: str | None = None  # owner of the load that fills its DRAM slot
-        self.gone = False  # forgotten: not in the index, slots go free when the last operation ends
-
-
 class BlockManager:
     def __init__(
         self,
@@ -101,22 +69,21 @@ class BlockManager:
         self.ranks = ranks
         self.dram_is_tier = dram_is_tier
         self._journal = journal
-        self._clock = clock
+        self._reads, self._writes = Pause(clock), Pause(clock)
         self._dram = SlotPool(dram_slots)
         self._ssd = SlotPool(ssd_slots)
-        self._dram_lru, self._ssd_lru = LRU(), LRU()
+        self._dram_lru: EvictionPolicy = LRU()
+        self._ssd_lru: EvictionPolicy = LRU()
         self._blocks: dict[BlockKey, Block] = {}
         self._dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
         self._stores: dict[BlockKey, Block] = {}
-        self._loads: dict[tuple[str, BlockKey], Block] = {}
+        self._loads: dict[tuple[str, BlockKey], tuple[Block, Tier]] = {}  # by owner and key: where it is loaded from
         self._demotions: dict[int, Block] = {}
         self._acks: Counter[int] = Counter()
         self._failed_demotions: dict[int, int] = {}
-        self._spared: set[BlockKey] = set()  # promised by lookups of this step
+        self._promised: set[BlockKey] = set()  # by lookups of this step
         self._next_demotion = 0
         self._now = 0
-        self._paused_until = 0.0
-        self._pause_s = 0.0
         self.counters: Counter[tuple[str, ...]] = Counter()
         self._recover(recovered)
 
@@ -134,20 +101,27 @@ class BlockManager:
         """The nearest tier the block can be loaded from. The answer stays true until `end_step`."""
         tier = self.tier(key)
         if tier is not None:
-            self._spared.add(key)
+            self._promised.add(key)
         return tier
 
     def tier(self, key: BlockKey) -> Tier | None:
+        return next(iter(self.tiers(key)), None)
+
+    def tiers(self, key: BlockKey) -> list[Tier]:
+        """Every tier the block can be loaded from, the nearest first."""
         block = self._blocks.get(key)
         if block is None:
-            return None
+            return []
+        tiers = []
         if block.dram is State.READY and self.dram_is_tier:
-            return Tier.DRAM
-        return Tier.SSD if block.ssd is State.READY else None
+            tiers.append(Tier.DRAM)
+        if block.ssd is State.READY and not self._reads.active():
+            tiers.append(Tier.SSD)
+        return tiers
 
     def pending(self) -> bool:
         """Whether there is background work that needs further steps."""
-        return bool(self._demotions) or bool(self._dirty) and not self._paused()
+        return bool(self._demotions) or bool(self._dirty) and not self._writes.active()
 
     def usage(self) -> dict[Tier, tuple[int, int]]:
         """Slots used and slots there are, by tier."""
@@ -161,54 +135,81 @@ class BlockManager:
     def load(self, keys: Sequence[BlockKey], owner: str) -> list[Placement]:
         """Places to load `keys` from, in order; they stay in use until `load_done`.
 
-        REQUIRES: `lookup` answered for each key in this step. `owner` has no other load of the same key in flight.
+        A block that is not held gets a placement without slots, which workers answer with a failure: vLLM asks only
+        for what a lookup promised in the same step, but its recomputing is better than our raising.
+        REQUIRES: `owner` has no other load of the same key in flight.
         """
         self._use(keys)  # before slots are taken: what moves in must not push out what is loaded beside it
         placements = []
+        may_move_in = self.dram_is_tier
         for key in keys:
+            tier = self.tier(key)
+            if tier is None:
+                placements.append(Placement(key, 0, NO_SLOT, NO_SLOT))
+                continue
             block = self._blocks[key]
-            assert self.tier(key) is not None, "loaded without a lookup in the same step"
             block.loads += 1
-            self._loads[owner, key] = block
+            self._loads[owner, key] = block, tier
             self._settle(block)
-            if block.dram is State.READY and self.dram_is_tier:
+            if tier is Tier.DRAM:
                 placements.append(Placement(key, block.generation, block.dram_slot, NO_SLOT))
                 continue
             slot = NO_SLOT
-            if self.dram_is_tier and block.dram is State.ABSENT:
+            if may_move_in and block.dram is State.ABSENT:
                 slot = self._take_dram_slot()
+                may_move_in = slot != NO_SLOT  # asking again for every block would look through all that is promised
             if slot != NO_SLOT:
                 block.dram, block.dram_slot, block.promoter = State.MOVING_IN, slot, owner
             placements.append(Placement(key, block.generation, slot, block.ssd_slot))
         return placements
 
-    def load_done(self, keys: Collection[BlockKey], owner: str, failed: Collection[BlockKey] = ()) -> None:
-        """The load of `keys` ended on every rank; those in `failed` did not arrive on some rank."""
+    def load_done(self, keys: Collection[BlockKey], owner: str, failed: Mapping[BlockKey, int] = NOTHING) -> None:
+        """The load of `keys` ended on every rank; those in `failed` did not arrive on some rank, for that errno.
+
+        A block that was late is kept, since nothing says it is damaged; then nothing is read from the SSD for a while.
+        So is one that was not tried (ECANCELED).
+        """
         for key in keys:
-            block = self._loads.pop((owner, key))
+            block, tier = self._loads.pop((owner, key), (None, None))
+            if block is None:
+                continue
             block.loads -= 1
+            arrived = key not in failed
             if block.promoter == owner:
                 block.promoter = None
                 block.dram = State.READY
-            if key in failed:
+                if not arrived:
+                    self._drop_dram(block)
+            if not arrived:
                 self.counters["kvoffload_load_failures_total",] += 1
-                self._forget(block)
+                if failed[key] == errno.ETIMEDOUT:
+                    self._reading_is_slow()
+                elif failed[key] != errno.ECANCELED:
+                    self._forget(block)
+            elif tier is Tier.SSD:
+                self._reads.note_success()
             self._settle(block)
+
+    def _reading_is_slow(self) -> None:
+        if pause_s := self._reads.begin():
+            logger.warning("kvoffload: reading from the SSD took too long; no reads for %.0f s", pause_s)
 
     # -- stores ------------------------------------------------------------------------------------------------
 
-    def store(self, keys: Sequence[tuple[BlockKey, int]]) -> list[Placement]:
-        """DRAM slots for those of `keys` (key, group; prefix order) that are not held yet; the rest is dropped
-        when no slot is free. Each returned block is moving in until `store_done`."""
+    def store(self, keys: Sequence[tuple[BlockKey, int]], own: Container[BlockKey] = ()) -> Stored:
+        """DRAM slots for those of `keys` (key, group; prefix order) that are not held yet; the rest is dropped when no
+        slot is free. Each placed block is moving in until `store_done`.
+
+        Blocks in `own`, those of the same request, are not evicted: a prefix must not lose its head to its tail.
+        """
+        self._use([key for key, _ in keys])
         placements: list[Placement] = []
-        writes_stopped = not self.dram_is_tier and self._paused()
-        for number, (key, group) in enumerate(keys):
-            if key in self._blocks:
-                continue
-            slot = NO_SLOT if writes_stopped else self._take_dram_slot()
+        missing = [(key, group) for key, group in keys if key not in self._blocks]
+        if not self.dram_is_tier and self._writes.active():
+            missing = []  # bounce slots would only fill up
+        for key, group in missing:
+            slot = self._take_dram_slot(own)
             if slot == NO_SLOT:
-                dropped = sum(later not in self._blocks for later, _ in keys[number:])
-                self.counters["kvoffload_dropped_stores_total",] += dropped
                 break
             block = Block(key, group, self._journal.next_generation(), 0)
             block.dram, block.dram_slot = State.MOVING_IN, slot
@@ -216,9 +217,11 @@ class BlockManager:
             placements.append(Placement(key, block.generation, slot, NO_SLOT))
         for placement in reversed(placements):  # the head of a prefix is the last to leave
             self._blocks[placement.key].used = self._tick()
-        return placements
+        dropped = sum(key not in self._blocks for key, _ in keys)
+        self.counters["kvoffload_dropped_stores_total",] += dropped
+        return Stored(placements, dropped)
 
-    def store_done(self, keys: Collection[BlockKey], failed: Collection[BlockKey] = ()) -> None:
+    def store_done(self, keys: Collection[BlockKey], failed: Container[BlockKey] = ()) -> None:
         """The store of `keys` ended on every rank. Keys that were not placed by `store` are passed over."""
         for key in keys:
             block = self._stores.pop(key, None)
@@ -252,7 +255,7 @@ class BlockManager:
     def plan(self) -> list[Demotion]:
         """Demotions to start now, so that DRAM slots are clean before they are needed."""
         demotions: list[Demotion] = []
-        if self._paused():
+        if self._writes.active():
             return demotions
         while self._dirty and len(self._demotions) < DEMOTIONS_MAX:
             slot = self._take_ssd_slot()
@@ -271,6 +274,8 @@ class BlockManager:
 
     def ack(self, demotion: int, ranks: int, error: int = 0) -> None:
         """`ranks` more ranks finished the demotion; `error` is an errno if one of them failed."""
+        if demotion not in self._demotions:
+            return
         self._acks[demotion] += ranks
         if error:
             self._failed_demotions[demotion] = error
@@ -283,7 +288,7 @@ class BlockManager:
         if error:
             self._demotion_failed(block, error)
         else:
-            self._pause_s = 0.0
+            self._writes.note_success()
             block.ssd = State.READY
             self.counters["kvoffload_demotions_total",] += 1
             if not block.gone:
@@ -299,34 +304,34 @@ class BlockManager:
         elif not block.gone:
             block.dirty = True
             self._dirty[block.key] = block
-        if error != errno.EBADMSG and not self._paused():
-            self._pause_s = min(PAUSE_MAX_S, max(PAUSE_MIN_S, 2 * self._pause_s))
-            self._paused_until = self._clock() + self._pause_s
-            logger.warning("kvoffload: writing to the SSD failed (%s); no writes for %.0f s", error, self._pause_s)
+        if error != errno.EBADMSG and (pause_s := self._writes.begin()):
+            logger.warning("kvoffload: writing to the SSD failed (%s); no writes for %.0f s", error, pause_s)
             for dirty in list(self._dirty.values()):
                 self._settle(dirty)  # what cannot be written may be evicted
 
     def disable_ssd(self) -> None:
-        """The slot files cannot be used: everything on SSD is forgotten and nothing more is written."""
-        self._paused_until = float("inf")
+        """The slot files cannot be used in this life: nothing more is read from them or written to them. The journal
+        keeps what it knows for the next one."""
+        self._reads.never_end()
+        self._writes.never_end()
         for block in list(self._blocks.values()):
-            if block.ssd is State.READY:
-                self._forget(block)
+            if block.ssd is State.READY and block.dram is not State.READY:
+                self._forget(block, journal=False)
+            elif block.ssd is State.READY:
+                self._ssd_lru.remove(block.key)
+                self._drop_ssd(block)
             self._settle(block)
-
-    def _paused(self) -> bool:
-        return self._clock() < self._paused_until
 
     # -- the end of a step, of a block, of everything ------------------------------------------------------------
 
     def end_step(self) -> None:
         """Lookups of this step whose blocks were not loaded lose their promise."""
-        self._spared.clear()
+        self._promised.clear()
 
     def reset(self) -> None:
         """Forgets every block, in DRAM and on SSD. REQUIRES: workers finish all loads and stores in flight before they
         start another."""
-        blocks = [*self._blocks.values(), *self._loads.values(), *self._stores.values()]
+        blocks = [*self._blocks.values(), *(block for block, _ in self._loads.values()), *self._stores.values()]
         self._loads.clear()
         self._stores.clear()
         for block in blocks:
@@ -336,7 +341,7 @@ class BlockManager:
                 block.dram = State.READY
             self._forget(block, journal=False)
             self._settle(block)
-        self._spared.clear()
+        self._promised.clear()
         self._journal.clear()
 
     def _forget(self, block: Block, journal: bool = True) -> None:
@@ -370,7 +375,7 @@ class BlockManager:
         if ready and not self.dram_is_tier and block.ssd is State.READY:
             self._drop_dram(block)  # the bounce slot did its duty
             ready = False
-        if ready and (not block.dirty or self._paused()):
+        if ready and (not block.dirty or self._writes.active()):
             self._dram_lru.add(block.key, block.used)
         else:
             self._dram_lru.remove(block.key)
@@ -389,12 +394,12 @@ class BlockManager:
             self._ssd.give_back(block.ssd_slot)
             block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
 
-    def _take_dram_slot(self) -> int:
+    def _take_dram_slot(self, *exempt: Container[BlockKey]) -> int:
         """A free DRAM slot, evicting if need be; NO_SLOT if everything is in use, promised or dirty."""
         slot = self._dram.take()
         if slot is not None:
             return slot
-        key = self._dram_lru.victim(self._spared)
+        key = self._dram_lru.victim(self._promised, *exempt)
         if key is None:
             return NO_SLOT
         block = self._blocks[key]
@@ -410,7 +415,7 @@ class BlockManager:
         slot = self._ssd.take()
         if slot is not None:
             return slot
-        key = self._ssd_lru.victim(self._spared)
+        key = self._ssd_lru.victim(self._promised)
         if key is None:
             return NO_SLOT
         block = self._blocks[key]
@@ -426,15 +431,16 @@ class BlockManager:
     def check(self) -> None:
         """Verifies the books: every slot has one owner, counts add up, lists hold what they may. Raises AssertionError."""
         everyone = {id(b): b for b in self._blocks.values()}
-        for table in (self._stores, self._loads, self._demotions):
-            everyone.update((id(block), block) for block in table.values())
+        loading = [block for block, _ in self._loads.values()]
+        for blocks in (self._stores.values(), loading, self._demotions.values()):
+            everyone.update((id(block), block) for block in blocks)
         for tier, pool in (("dram", self._dram), ("ssd", self._ssd)):
             owned = Counter(getattr(b, tier + "_slot") for b in everyone.values() if getattr(b, tier) is not State.ABSENT)
             assert all(count == 1 for count in owned.values()), f"a {tier} slot has two owners"
             assert NO_SLOT not in owned, f"a block in {tier} without a slot"
             assert len(owned) + pool.free() == pool.count, f"{tier}: {len(owned)} owned, {pool.free()} free, of {pool.count}"
             assert not any(pool.is_free(slot) for slot in owned), f"an owned {tier} slot is free"
-        in_use = Counter(id(block) for block in self._loads.values())
+        in_use = Counter(id(block) for block in loading)
         for block in everyone.values():
             name = block.key.hex()
             assert block.gone == (self._blocks.get(block.key) is not block), name

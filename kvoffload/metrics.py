@@ -14,10 +14,12 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "kvoffload_capacity_bytes": Metric("gauge", "Bytes of KV blocks the tier can hold, all ranks.", ("tier",)),
-    "kvoffload_used_bytes": Metric("gauge", "Bytes of KV blocks the tier holds, all ranks.", ("tier",)),
-    "kvoffload_hit_blocks_total": Metric("counter", "Blocks loaded for requests, by the tier they were in.", ("tier",)),
-    "kvoffload_missed_blocks_total": Metric("counter", "Lookups that ended a prefix match: the block was in no tier."),
+    "kvoffload_capacity_bytes": Metric("gauge", "Bytes of all slots of the tier, all ranks.", ("tier",)),
+    "kvoffload_used_bytes": Metric("gauge", "Bytes of the tier's slots that hold a block, all ranks.", ("tier",)),
+    "kvoffload_hit_blocks_total": Metric(
+        "counter", "Blocks whose load was started for a request, by the tier they were in.", ("tier",)
+    ),
+    "kvoffload_missed_lookups_total": Metric("counter", "Lookups of a block, repeated ones too, that was in no tier."),
     "kvoffload_stored_blocks_total": Metric("counter", "Blocks accepted into DRAM slots."),
     "kvoffload_dropped_stores_total": Metric("counter", "Blocks not stored because no slot was free."),
     "kvoffload_demotions_total": Metric("counter", "Blocks written to the SSD."),

@@ -5,6 +5,7 @@ use, so an in-use block cannot be found by an eviction.
 """
 
 import heapq
+from collections.abc import Container
 from typing import Protocol
 
 from kvoffload.types import BlockKey
@@ -17,8 +18,8 @@ class EvictionPolicy(Protocol):
     def remove(self, key: BlockKey) -> None:
         """The block is in use or gone. Nothing happens if it was not on the list."""
 
-    def victim(self, spared: set[BlockKey]) -> BlockKey | None:
-        """Takes the next block to evict off the list, leaving those in `spared`; None if there is none."""
+    def victim(self, *exempt: Container[BlockKey]) -> BlockKey | None:
+        """Takes the next block to evict off the list, leaving those in `exempt`; None if there is none."""
 
     def __contains__(self, key: BlockKey) -> bool: ...
 
@@ -48,14 +49,14 @@ class LRU:
     def remove(self, key: BlockKey) -> None:
         self._used.pop(key, None)
 
-    def victim(self, spared: set[BlockKey]) -> BlockKey | None:
+    def victim(self, *exempt: Container[BlockKey]) -> BlockKey | None:
         passed: list[tuple[int, BlockKey]] = []
         found = None
         while self._heap:
             used, key = heapq.heappop(self._heap)
             if self._used.get(key) != used:
                 continue  # removed, or used again since this entry was pushed
-            if key in spared:
+            if any(key in keys for keys in exempt):
                 passed.append((used, key))
                 continue
             del self._used[key]

@@ -112,18 +112,19 @@ class TransferReport:
 
     demoted: dict[int, int] = field(default_factory=dict)  # demotion id -> ranks that finished it, well or not
     failed_demotions: dict[int, int] = field(default_factory=dict)  # demotion id -> errno
-    failed_keys: set[BlockKey] = field(default_factory=set)  # blocks whose load or store failed on some rank
+    failed: dict[int, dict[BlockKey, int]] = field(default_factory=dict)  # transfer id -> its failed blocks -> errno
     attach_error: str = ""  # why a rank could not open its slot files
     counters: dict[tuple[str, ...], float] = field(default_factory=dict)  # (name, label values...) -> increase
 
     def __bool__(self) -> bool:
-        return bool(self.demoted or self.failed_keys or self.attach_error or self.counters)
+        return bool(self.demoted or self.failed or self.attach_error or self.counters)
 
     def add(self, other: "TransferReport") -> None:
-        for transfer, ranks in other.demoted.items():
-            self.demoted[transfer] = self.demoted.get(transfer, 0) + ranks
+        for number, ranks in other.demoted.items():
+            self.demoted[number] = self.demoted.get(number, 0) + ranks
         self.failed_demotions.update(other.failed_demotions)
-        self.failed_keys |= other.failed_keys
+        for number, errors in other.failed.items():
+            self.failed.setdefault(number, {}).update(errors)
         self.attach_error = self.attach_error or other.attach_error
         for name, increase in other.counters.items():
             self.counters[name] = self.counters.get(name, 0) + increase

@@ -8,7 +8,7 @@ import errno
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,10 +30,12 @@ from kvoffload.types import (
 
 logger = logging.getLogger(__name__)
 
-LOAD_TIMEOUT_S = 10.0
+LOAD_TIMEOUT_S, LOAD_BYTES_PER_S = 5.0, 100e6  # a load may take the first, and its bytes over the second
+LOAD_OPS_MAX = 2048  # in the engine at once: half of what it takes, so that stores find room beside any load
 STORE_TIMEOUT_S = 30.0
 DEMOTION_TIMEOUT_S = 60.0
-POLL_MAX = 1024
+BATCH_MAX = 1024  # completions taken, or operations given, in one call
+LOAD_KINDS = (OpKind.READ, OpKind.COPY_IN)
 
 
 class Engine(Protocol):
@@ -43,7 +45,7 @@ class Engine(Protocol):
 
     def submit(self, ops: np.ndarray, stream: int = 0) -> int: ...
 
-    def poll(self, max_completions: int = POLL_MAX) -> np.ndarray: ...
+    def poll(self, max_completions: int = BATCH_MAX) -> np.ndarray: ...
 
     def wait(self, timeout_s: float) -> bool: ...
 
@@ -54,10 +56,10 @@ class Engine(Protocol):
 class Job:
     """Blocks that are loaded or stored together. `left` counts operations without a completion."""
 
-    id: int
+    id: int  # the caller's
+    transfer: int  # the scheduler side's
     left: int
-    deadline: float
-    failed: set[BlockKey] = field(default_factory=set)
+    failed: dict[BlockKey, int] = field(default_factory=dict)  # errno
 
 
 @dataclass
@@ -97,6 +99,7 @@ def block_ops(kind: OpKind, keys: list[BlockKey], fields: dict[str, object]) -> 
 class BlockList:
     """The blocks of a job in order: what they are (columns of equal length) and where they lie in the KV cache."""
 
+    transfer: int  # the scheduler side's name for the job, under which failures are reported
     keys: list[BlockKey]
     generations: np.ndarray
     dram_slots: np.ndarray
@@ -122,10 +125,11 @@ class Worker:
         self._rank = rank
         self._group_bytes = group_bytes
         self._next_op = 0
+        self._load_ops = 0  # in the engine
         self._pending: dict[int, Pending] = {}
         self._jobs: dict[int, Job] = {}
         self._backlog: tuple[deque[Batch], deque[Batch]] = (deque(), deque())  # loads, everything else
-        self._finished: list[tuple[int, set[BlockKey]]] = []
+        self._finished: list[tuple[int, bool]] = []
         self._report = TransferReport()
         self._counters: Counter[tuple[str, ...]] = Counter()
 
@@ -133,7 +137,12 @@ class Worker:
 
     def load(self, job_id: int, blocks: BlockList, stream: int = 0) -> None:
         """Starts loading the blocks: from DRAM where `ssd_slots` is NO_SLOT, else from SSD, by way of the DRAM slot or,
-        where that is NO_SLOT, of the engine's spare memory."""
+        where that is NO_SLOT, of the engine's spare memory. A block in neither fails."""
+        nowhere = (blocks.dram_slots == NO_SLOT) & (blocks.ssd_slots == NO_SLOT)
+        if nowhere.any():
+            errors = np.where(nowhere, errno.ENOENT, errno.ECANCELED).tolist()
+            self.refuse(job_id, blocks.transfer, dict(zip(blocks.keys, errors, strict=True)))
+            return
         count = len(blocks.keys)
         copies = block_ops(OpKind.COPY_IN, blocks.keys, blocks.columns())
         reads = block_ops(OpKind.READ, blocks.keys, blocks.columns())
@@ -141,16 +150,17 @@ class Worker:
         ops = np.stack([reads, copies], axis=1).reshape(2 * count)  # each READ right before its COPY_IN
         needed = np.ones(2 * count, bool)
         needed[::2] = blocks.ssd_slots != NO_SLOT
-        self._start(job_id, ops[needed], LOAD_TIMEOUT_S, stream)
+        timeout_s = LOAD_TIMEOUT_S + sum(self._group_bytes[group] for group in blocks.groups) / LOAD_BYTES_PER_S
+        self._start(job_id, blocks.transfer, ops[needed], timeout_s, stream)
 
     def store(self, job_id: int, blocks: BlockList, stream: int = 0) -> None:
         """Starts copying the blocks to their DRAM slots."""
-        self._start(job_id, block_ops(OpKind.COPY_OUT, blocks.keys, blocks.columns()), STORE_TIMEOUT_S, stream)
+        ops = block_ops(OpKind.COPY_OUT, blocks.keys, blocks.columns())
+        self._start(job_id, blocks.transfer, ops, STORE_TIMEOUT_S, stream)
 
-    def refuse(self, job_id: int, keys: Collection[BlockKey]) -> None:
-        """Ends a job that cannot be carried out: all its blocks failed."""
-        self._finished.append((job_id, set(keys)))
-        self._report.failed_keys |= set(keys)
+    def refuse(self, job_id: int, transfer: int, errors: dict[BlockKey, int]) -> None:
+        """Ends a job that cannot be carried out: its blocks failed, each with its errno."""
+        self._finish(Job(job_id, transfer, 0, errors))
 
     def apply(self, plan: TransferPlan) -> None:
         """Carries out the scheduler side's own part of a step."""
@@ -174,17 +184,16 @@ class Worker:
         self._backlog[1].append(Batch(ops, time.monotonic() + DEMOTION_TIMEOUT_S, 0))
         self._push()
 
-    def _start(self, job_id: int, ops: np.ndarray, timeout_s: float, stream: int) -> None:
-        deadline = time.monotonic() + timeout_s
-        job = Job(job_id, len(ops), deadline)
+    def _start(self, job_id: int, transfer: int, ops: np.ndarray, timeout_s: float, stream: int) -> None:
+        job = Job(job_id, transfer, len(ops))
         if not len(ops):
-            self._finished.append((job_id, set()))
+            self._finish(job)
             return
         self._jobs[job_id] = job
         for op in ops:
             self._note(op, op["key"][: op["key_len"]].tobytes(), job)
         is_load = ops["kind"][0] != OpKind.COPY_OUT
-        self._backlog[0 if is_load else 1].append(Batch(ops, deadline, stream))
+        self._backlog[0 if is_load else 1].append(Batch(ops, time.monotonic() + timeout_s, stream))
         self._push()
 
     def _note(self, op: np.ndarray, key: BlockKey, job: Job | None = None, demotion: int = 0) -> None:
@@ -197,15 +206,16 @@ class Worker:
     def poll(self) -> None:
         """Takes in what the engine has completed and gives it what it has room for. Never blocks."""
         while True:
-            done = self._engine.poll(POLL_MAX)
+            done = self._engine.poll(BATCH_MAX)
             for number, status, usec in done.tolist():
+                self._load_ops -= self._pending[number].kind in LOAD_KINDS
                 self._complete(number, -status, usec / 1e6)
-            if len(done) < POLL_MAX:
+            if len(done) < BATCH_MAX:
                 break
         self._push()
 
-    def take_finished(self) -> list[tuple[int, set[BlockKey]]]:
-        """Jobs that ended since the last call, with the keys of the blocks that failed."""
+    def take_finished(self) -> list[tuple[int, bool]]:
+        """Jobs that ended since the last call, and whether all their blocks arrived."""
         finished, self._finished = self._finished, []
         return finished
 
@@ -227,21 +237,32 @@ class Worker:
 
     def _push(self) -> None:
         """Gives the engine what waits, loads first."""
-        for batches in self._backlog:
-            while batches:
-                batch = batches[0]
-                left = batch.deadline - time.monotonic()
-                if left <= 0:
-                    batches.popleft()
-                    for number in batch.ops["id"].tolist():
-                        self._complete(number, errno.ETIMEDOUT, 0.0)
-                    continue
-                batch.ops["timeout_us"] = int(left * 1e6) or 1
-                accepted = self._engine.submit(batch.ops, batch.stream)
-                if accepted < len(batch.ops):
-                    batch.ops = batch.ops[accepted:]
-                    return
+        loads, others = self._backlog
+        self._push_from(loads, lambda: LOAD_OPS_MAX - self._load_ops)
+        self._push_from(others, lambda: BATCH_MAX)
+
+    def _push_from(self, batches: deque[Batch], room: Callable[[], int]) -> None:
+        while batches:
+            batch = batches[0]
+            left_s = batch.deadline - time.monotonic()
+            if left_s <= 0:
                 batches.popleft()
+                for number in batch.ops["id"].tolist():
+                    self._complete(number, errno.ETIMEDOUT, 0.0)
+                continue
+            offered = batch.ops[: max(0, room())]
+            if len(offered) and offered["flags"][-1] == OpFlag.LINK:
+                offered = offered[:-1]  # whole pairs
+            if not len(offered):
+                return
+            offered["timeout_us"] = int(left_s * 1e6) or 1
+            accepted = self._engine.submit(offered, batch.stream)
+            self._load_ops += int(np.isin(offered["kind"][:accepted], LOAD_KINDS).sum())
+            batch.ops = batch.ops[accepted:]
+            if not len(batch.ops):
+                batches.popleft()
+            elif accepted < len(offered):
+                return
 
     def _complete(self, number: int, error: int, seconds: float) -> None:
         pending = self._pending.pop(number)
@@ -261,8 +282,12 @@ class Worker:
             return
         job.left -= 1
         if error:
-            job.failed.add(pending.key)
+            job.failed.setdefault(pending.key, error)  # of a linked pair the first tells why
         if not job.left:
             del self._jobs[job.id]
-            self._report.failed_keys |= job.failed
-            self._finished.append((job.id, job.failed))
+            self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        if job.failed:
+            self._report.failed[job.transfer] = job.failed
+        self._finished.append((job.id, not job.failed))

@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "engine": SHARED,
     "worker": SHARED | {"engine"},
     "policy": SHARED,
+    "blocks": SHARED,
     "store": SHARED,
-    "manager": SHARED | {"policy", "store"},
+    "manager": SHARED | {"policy", "blocks", "store"},
     "vllm": EVERYTHING,
     "cli": EVERYTHING | {"vllm"},
 }

@@ -14,7 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import Offlo
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-from kvoffload.vllm.geometry import payload_bytes
+from kvoffload.errors import ConfigError
+from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.identity import identity_fields
 from kvoffload.vllm.manager import ManagerAdapter
 from kvoffload.vllm.spec import SPEC_NAME, KVOffloadSpec, user_settings
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # vLLM configures only its own loggers; ours speak through the same handlers.
 logging.getLogger("kvoffload").handlers = logging.getLogger("vllm").handlers
+logging.getLogger("kvoffload").propagate = False
 logging.getLogger("kvoffload").setLevel(logging.getLogger("vllm").level)
 OffloadingSpecFactory.register_spec(SPEC_NAME, "kvoffload.vllm.spec", KVOffloadSpec.__name__)
 
@@ -49,18 +51,21 @@ class KVOffloadConnector(OffloadingConnector):
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"):
         adopt(vllm_config)
         settings = user_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        if settings.enabled and vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # Stages may differ in layers, so in the size of a block, and the scheduler sees one stage only.
+            raise ConfigError("kvoffload does not support pipeline parallelism: use tensor parallelism instead")
         if settings.disable_gpu_reuse and settings.enabled:
             # vLLM's scheduler makes its KV-cache manager after the connector: no prefix hits in GPU memory then.
             vllm_config.cache_config.enable_prefix_caching = False
         super().__init__(vllm_config, role, kv_cache_config)
-        payload = payload_bytes(build_offloading_config(vllm_config, kv_cache_config), kv_cache_config)
+        geometry = Geometry.of(vllm_config, build_offloading_config(vllm_config, kv_cache_config), kv_cache_config)
         if self.connector_scheduler is not None:
             if settings.enabled:
-                self._manager.open(payload, identity_fields(vllm_config, kv_cache_config))
+                self._manager.open(geometry, identity_fields(vllm_config, kv_cache_config))
         elif self.connector_worker is not None:
             spec = self.connector_worker.spec
             assert isinstance(spec, KVOffloadSpec)
-            spec.payload_bytes = payload
+            spec.geometry = geometry
             self.connector_worker = ConnectorWorker(spec, vllm_config, kv_cache_config)
 
     @property

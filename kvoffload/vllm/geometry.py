@@ -1,14 +1,19 @@
 """How large a block is and where its bytes lie: vLLM's KV-cache configuration in the engine's terms."""
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import get_offloading_group_ids
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_offload.base import CanonicalKVCaches
 
+from kvoffload import layout
+from kvoffload.config import Config
 from kvoffload.types import Region
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.kv_offload.config import OffloadingConfig
 
 
@@ -19,13 +24,33 @@ def _group_bytes(group: KVCacheGroupSpec) -> int:
     return spec.page_size_bytes * len(group.layer_names)
 
 
-def payload_bytes(config: "OffloadingConfig", kv_cache_config: KVCacheConfig) -> int:
-    """An upper bound of one rank's bytes of one block, over all groups. The same on scheduler and workers.
+@dataclass(frozen=True)
+class Geometry:
+    """What the sizes of tiers follow from. Every process of a deployment computes the same."""
 
-    Pages may be padded and layers may be packed into one page; a slot has room for either.
-    """
-    groups = [kv_cache_config.kv_cache_groups[group] for group in get_offloading_group_ids(kv_cache_config)]
-    return max([config.worker_kv_bytes_per_block, *(_group_bytes(group) for group in groups)])
+    payload_bytes: int  # an upper bound of one rank's bytes of one block, over all groups
+    ranks: int
+    engines: int  # data-parallel engines, among which the caps are divided
+    blocks_per_step: int  # the most that one step of the model can complete, over all groups
+
+    @classmethod
+    def of(cls, config: "VllmConfig", offloading: "OffloadingConfig", kv_cache_config: KVCacheConfig) -> "Geometry":
+        groups = [kv_cache_config.kv_cache_groups[group] for group in get_offloading_group_ids(kv_cache_config)]
+        tokens = config.scheduler_config.max_num_batched_tokens
+        parallel = config.parallel_config
+        return cls(
+            # Pages may be padded and layers may be packed into one page; a slot has room for either.
+            payload_bytes=max([offloading.worker_kv_bytes_per_block, *(_group_bytes(group) for group in groups)]),
+            ranks=offloading.parallel.world_size,
+            # vLLM resets data_parallel_size in engines that run by themselves, and keeps it here.
+            engines=max(parallel.data_parallel_size, parallel.elastic_ep_max_dp_size or 1),
+            blocks_per_step=sum(math.ceil(tokens / group.tokens_per_block) for group in offloading.groups),
+        )
+
+    def dram_plan(self, settings: Config) -> layout.DramPlan:
+        return layout.dram_plan(
+            settings.dram_bytes // self.engines, self.payload_bytes, self.ranks, self.blocks_per_step
+        )
 
 
 def regions(kv_caches: CanonicalKVCaches) -> list[list[Region]]:

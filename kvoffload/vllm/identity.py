@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from blake3 import blake3
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -17,11 +18,13 @@ from kvoffload.types import BlockKey
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
 
 BLOB = re.compile("[0-9a-f]{64}")  # a large file's name in the Hugging Face cache
+NO_FILES = "none"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -41,7 +44,7 @@ def files_digest(directory: Path) -> str:
     total = blake3()
     for path in files:
         total.update(f"{path.relative_to(directory)}\0{_content(path)}\0".encode())
-    return total.hexdigest() if files else "none"
+    return total.hexdigest() if files else NO_FILES
 
 
 def weights_digest(config: "VllmConfig") -> str:
@@ -49,14 +52,24 @@ def weights_digest(config: "VllmConfig") -> str:
     model, load = config.model_config, config.load_config
     if load.load_format == "dummy":
         return f"dummy weights of seed {model.seed}"
-    directory = Path(model.model)
-    if not directory.is_dir():
-        try:
-            directory = Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            logger.warning("kvoffload: the weights of %s are not local files; the cache trusts their name", model.model)
-            return f"unread {model.model} {model.revision} {load.load_format}"
-    return files_digest(directory)
+    path = Path(model.model)
+    if path.is_file():  # GGUF
+        return _content(path)
+    if not path.is_dir():
+        path = _snapshot(model.model, model.revision, load.download_dir)
+    digest = files_digest(path) if path else NO_FILES
+    if digest == NO_FILES:
+        logger.warning("kvoffload: the weights of %s are not local files; the cache trusts their name", model.model)
+        return f"unread {model.model} {model.model_weights} {model.revision} {load.load_format}"
+    return digest
+
+
+def _snapshot(name: str, revision: str | None, cache: str | None) -> Path | None:
+    """Where the hub's files of a model or adapter lie on this machine, if they do."""
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def _model_shape(hf_config: Any) -> dict[str, Any]:
@@ -65,6 +78,15 @@ def _model_shape(hf_config: Any) -> dict[str, Any]:
     for name in ("transformers_version", "_name_or_path", "_commit_hash"):
         shape.pop(name, None)
     return json.loads(json.dumps(shape, default=str))
+
+
+def _hardware() -> list[str]:
+    """What an attention backend chooses its kernel, and with it the layout inside a block, by."""
+    device = [current_platform.device_type, str(current_platform.get_device_name())]
+    if current_platform.is_cpu():
+        features = {"amx": torch.cpu._is_amx_tile_supported(), "avx512": torch.cpu._is_avx512_supported()}
+        device += [name for name, present in features.items() if present]
+    return device
 
 
 def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> dict[str, Any]:
@@ -89,12 +111,13 @@ def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> d
             for group in kv_cache_config.kv_cache_groups
         ],
         "hash": [str(cache.prefix_caching_hash_algo), os.environ.get("PYTHONHASHSEED", "")],
+        "draft_model": str(config.speculative_config.model) if config.speculative_config else "",
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
         "context_parallel": [parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size],
         "data_parallel": [parallel.data_parallel_index, parallel.data_parallel_size],
         "attention_backend": str(config.attention_config.backend),
-        "platform": current_platform.device_type,
+        "hardware": _hardware(),
         "vllm": vllm_version,
     }
 
@@ -103,23 +126,45 @@ class LoraSalts:
     """Gives blocks computed with a LoRA adapter keys of their own.
 
     vLLM hashes an adapter's name and path, not its content, so an adapter replaced under the same name would find the
-    old one's blocks in a cache that outlives the process.
+    old one's blocks in a cache that outlives the process. vLLM reads an adapter's files when it is first used; the salt
+    is a digest of the files as they were then. If they change later, nobody can say which ones a block comes from: its
+    salt is random, so that nothing computed from then on is found again.
     """
 
     def __init__(self) -> None:
-        self._digests: dict[tuple[str, ...], bytes] = {}
+        self._seen: dict[tuple[int, str], tuple[list[str], bytes]] = {}
 
-    def of(self, lora_path: str) -> bytes:
-        """The salt of the adapter as its files are now; read again when their sizes or times changed."""
-        directory = Path(lora_path)
-        stamps = tuple(
-            f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}"
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
-        )
-        if stamps not in self._digests:
-            self._digests[stamps] = bytes.fromhex(blake3("".join([files_digest(directory), lora_path]).encode()).hexdigest())
-        return self._digests[stamps]
+    def of(self, adapter: "LoRARequest") -> bytes:
+        name = (adapter.lora_int_id, adapter.lora_path)
+        try:
+            stamps = _stamps(adapter.lora_path)
+            if name not in self._seen or adapter.load_inplace and self._seen[name][0] != stamps:
+                self._seen[name] = stamps, _adapter_digest(adapter.lora_path)
+        except OSError as error:
+            logger.warning("kvoffload: LoRA adapter %s cannot be read: %s", adapter.lora_path, error)
+            stamps = []
+            self._seen.setdefault(name, ([], os.urandom(16)))
+        if self._seen[name][0] != stamps:
+            logger.warning("kvoffload: the files of LoRA adapter %s changed while in use", adapter.lora_path)
+            self._seen[name] = stamps, os.urandom(16)
+        return self._seen[name][1]
+
+
+def _adapter_directory(lora_path: str) -> Path:
+    path = Path(lora_path).expanduser()
+    return path if path.exists() else _snapshot(lora_path, None, None) or path
+
+
+def _stamps(lora_path: str) -> list[str]:
+    """What changes when an adapter's files do. OSError if there are none, or they change just now."""
+    stats = [(path, path.stat()) for path in sorted(_adapter_directory(lora_path).rglob("*"))]
+    if not stats:
+        raise FileNotFoundError(lora_path)
+    return [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+
+
+def _adapter_digest(lora_path: str) -> bytes:
+    return blake3(files_digest(_adapter_directory(lora_path)).encode()).digest(16)
 
 
 def salted(key: BlockKey, salt: bytes) -> BlockKey:

@@ -1,8 +1,12 @@
 """The scheduler half: vLLM's `OffloadingManager` on top of the block manager and the store."""
 
+import errno
 import logging
+import math
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
@@ -12,6 +16,7 @@ from vllm.v1.kv_offload.base import (
     Medium,
     OffloadingManager,
     OffloadKey,
+    OffloadPolicy,
     PrepareStoreOutput,
     ReqContext,
     RequestOffloadingContext,
@@ -23,10 +28,11 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvoffload.config import Config
 from kvoffload.errors import ConfigError
-from kvoffload.layout import SLOTS_MIN, dram_plan, slot_bytes
+from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager
 from kvoffload.store import Store
-from kvoffload.types import BlockKey, Tier, TransferPlan, TransferReport
+from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport
+from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.identity import LoraSalts, salted
 from kvoffload.vllm.transfer import SlotSpec
 
@@ -39,11 +45,14 @@ MEDIUM = {Tier.DRAM: Medium.CPU, Tier.SSD: Medium.STORAGE}
 SOURCE = {Tier.DRAM: CacheHitSource.HOST, Tier.SSD: CacheHitSource.DISK}
 
 
-@dataclass(frozen=True)
-class Salt:
-    """Kept in vLLM's per-request context, since completions may come after the request has ended."""
+@dataclass
+class Notes:
+    """What we remember of a request, in vLLM's own context of it: completions may come after it has ended."""
 
-    value: bytes
+    salt: bytes
+    transfer: int = 0  # its load in flight
+    recomputes: bool = False  # a load of it failed: it loads no more
+    has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
 
 
 class NoJournal:
@@ -69,129 +78,161 @@ class NoJournal:
         return self._generation
 
 
+def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
+    """ConfigError if the DRAM tier would be of no use, or is more than this machine has."""
+    asked = f"dram_kv_offload_gb={settings.dram_kv_offload_gb:g}"
+    if slots < SLOTS_MIN:
+        least = least_dram_bytes(geometry.payload_bytes, geometry.ranks) * geometry.engines
+        raise ConfigError(
+            f"{asked} holds fewer than {SLOTS_MIN} blocks of this model: give it at least "
+            f"{math.ceil(least / 1e6) / 1e3} GB, or 0 to turn the DRAM tier off"
+        )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if settings.dram_bytes > memory:
+        raise ConfigError(f"{asked} is more than the {memory / 1e9:.1f} GB of memory this machine has: lower it")
+
+
 class ManagerAdapter(OffloadingManager):
     """`open` completes it; vLLM constructs it before the KV-cache configuration can be given to it."""
 
     def __init__(self, settings: Config, config: OffloadingConfig):
         self._settings = settings
-        self._config = config
         self._group_numbers = {group.group_id: number for number, group in enumerate(config.groups)}
         self._store: Store | None = None
-        self._attach: tuple = ()
-        self._failed: set[BlockKey] = set()
-        self._no_loads: set[str] = set()  # requests whose load failed: they recompute
+        self._attach: tuple[SlotFiles, ...] = ()
+        self._transfers = count(1)
+        self._storing: dict[BlockKey, int] = {}  # by block in flight: its transfer
+        self._failed: dict[int, dict[BlockKey, int]] = {}  # by transfer in flight: its failed blocks' errno
+        self._first_transfer = 1  # older ones ended with a reset
         self._salts: dict[str, bytes] = {}  # of requests announced but not yet seen by vLLM's scheduler half
         self._lora_salts = LoraSalts()
+        self._life = b""
         self._reported: dict[tuple[str, ...], float] = {}
         self._core = BlockManager(0, 0, 1, NoJournal())
         self._block_bytes = 0
 
-    def open(self, payload_bytes: int, identity: dict[str, Any]) -> None:
+    def open(self, geometry: Geometry, identity: dict[str, Any]) -> None:
         """Opens the store and sizes the tiers; ConfigError or StoreError say what the user must change."""
-        settings, parallel = self._settings, self._config.parallel
-        ranks = parallel.world_size
-        dram = dram_plan(settings.dram_bytes // parallel.data_parallel_size, payload_bytes, ranks)
-        if dram.is_tier and dram.slots < SLOTS_MIN:
-            least = (SLOTS_MIN + dram.spares) * ranks * slot_bytes(payload_bytes) * parallel.data_parallel_size
-            raise ConfigError(
-                f"dram_kv_offload_gb={settings.dram_kv_offload_gb:g} holds fewer than {SLOTS_MIN} blocks of this model: "
-                f"give it at least {least / 1e9:.3g} GB, or 0 to turn the DRAM tier off"
-            )
+        settings, ranks = self._settings, geometry.ranks
+        dram = geometry.dram_plan(settings)
+        if dram.is_tier:
+            check_dram(settings, geometry, dram.slots)
         journal: Store | NoJournal = NoJournal()
         if settings.ssd_bytes != 0:
-            sharers = parallel.data_parallel_size
-            journal = self._store = Store.open(settings, identity, payload_bytes, ranks, sharers)
+            journal = self._store = Store.open(settings, identity, geometry.payload_bytes, ranks, geometry.engines)
             self._attach = tuple(self._store.slot_files(rank) for rank in range(ranks))
         entries = self._store.entries() if self._store else []
-        self._block_bytes = ranks * slot_bytes(payload_bytes)
+        ssd_slots = self._store.slot_count if self._store else 0
+        slot = slot_bytes(geometry.payload_bytes)
+        self._block_bytes = ranks * slot
         self._core = BlockManager(
-            dram.slots,
-            self._store.slot_count if self._store else 0,
-            ranks,
-            journal,
-            dram_is_tier=dram.is_tier,
-            recovered=entries,
+            dram.slots, ssd_slots, ranks, journal, dram_is_tier=dram.is_tier, recovered=entries
         )
         logger.info(
             "kvoffload: %d DRAM slots, %d SSD slots of %d bytes per rank; %d blocks resumed from %s",
             dram.slots if dram.is_tier else 0,
-            self._store.slot_count if self._store else 0,
-            slot_bytes(payload_bytes),
+            ssd_slots,
+            slot,
             len(entries),
             self._store.directory if self._store else "nowhere",
         )
 
-    # -- keys --------------------------------------------------------------------------------------------------
+    # -- keys and requests -------------------------------------------------------------------------------------------
 
     def announce(self, request: "Request") -> None:
         """Called by the connector before `on_new_request`, which is not told about LoRA."""
         if request.lora_request is not None:
-            self._salts[request.request_id] = self._lora_salts.of(request.lora_request.lora_path)
+            self._salts[request.request_id] = self._lora_salts.of(request.lora_request)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        req_context.set_state(Salt(self._salts.pop(req_context.req_id, b"")))
-        return RequestOffloadingContext()
+        req_context.set_state(Notes(self._salts.pop(req_context.req_id, b"")))
+        # By default vLLM offers for storing what follows a loaded prefix. We take the whole request, so that blocks that
+        # were dropped, evicted or damaged meanwhile are stored again; those that are held cost a look into a dict.
+        return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
 
-    def _key(self, key: OffloadKey, req_context: ReqContext) -> BlockKey:
-        salt = req_context.get_state(Salt)
-        return salted(key, salt.value if salt else b"")
+    @staticmethod
+    def _notes(req_context: ReqContext) -> Notes:
+        notes = req_context.get_state(Notes)
+        assert notes is not None, "vLLM announces every request"
+        return notes
+
+    def _salt(self, req_context: ReqContext) -> bytes:
+        return self._notes(req_context).salt + self._life
 
     def _keys(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> list[BlockKey]:
-        return [self._key(key, req_context) for key in keys]
+        salt = self._salt(req_context)
+        return [salted(key, salt) for key in keys]
+
+    def _own_keys(self, req_context: ReqContext) -> list[BlockKey]:
+        """All keys of a request by their position in it, over all groups."""
+        positions = req_context._offload_key_positions  # noted by vLLM for managers that want the order of a prefix
+        return self._keys(sorted(positions, key=positions.__getitem__), req_context)
 
     # -- vLLM's questions and orders -----------------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        if req_context.req_id in self._no_loads:
+        if self._notes(req_context).recomputes:
             return LookupResult.MISS
-        tier = self._core.lookup(self._key(key, req_context))
-        if tier is None:
-            self._core.counters["kvoffload_missed_blocks_total",] += 1
-            return LookupResult.MISS
-        if not req_context.load_tier_filter.allows(MEDIUM[tier], Locality.LOCAL):
-            return LookupResult.MISS
-        return LookupResult.HIT
+        own_key = salted(key, self._salt(req_context))
+        allowed = req_context.load_tier_filter
+        if any(allowed.allows(MEDIUM[tier], Locality.LOCAL) for tier in self._core.tiers(own_key)):
+            self._core.lookup(own_key)
+            return LookupResult.HIT
+        self._core.counters["kvoffload_missed_lookups_total",] += 1
+        return LookupResult.MISS
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
-        tier = self._core.tier(self._key(key, req_context))
+        tier = self._core.tier(*self._keys([key], req_context))
         return SOURCE[tier] if tier else CacheHitSource.EXTERNAL_UNSPECIFIED
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> SlotSpec:
         own_keys = self._keys(keys, req_context)
         for key in own_keys:
             self._core.counters["kvoffload_hit_blocks_total", str(self._core.tier(key))] += 1
-        return SlotSpec.of(self._core.load(own_keys, req_context.req_id))
+        notes = self._notes(req_context)
+        notes.transfer = next(self._transfers)
+        return SlotSpec.of(notes.transfer, self._core.load(own_keys, req_context.req_id))
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        own_keys = self._keys(keys, req_context)
-        failed = self._failed.intersection(own_keys)
-        self._failed -= failed
-        self._core.load_done(own_keys, req_context.req_id, failed)
+        notes = self._notes(req_context)
+        failed = self._failed.pop(notes.transfer, {})
+        self._core.load_done(self._keys(keys, req_context), req_context.req_id, failed)
         if failed:
-            logger.warning("kvoffload: request %s: %d of %d blocks did not load; it recomputes",
-                           req_context.req_id, len(failed), len(own_keys))  # fmt: skip
-            self._no_loads.add(req_context.req_id)
+            notes.recomputes = True
+            reasons = sorted({errno.errorcode.get(error, str(error)) for error in failed.values()})
+            logger.warning(
+                "kvoffload: request %s: %d of %d blocks did not load (%s); it recomputes",
+                req_context.req_id, len(failed), len(keys), ", ".join(reasons),
+            )  # fmt: skip
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
-        if not self._settings.enabled:
-            return PrepareStoreOutput([], SlotSpec.of([]), [])
-        own_keys = {self._key(key, req_context): key for key in keys}
-        placements = self._core.store(
-            [(own, self._group_numbers[get_offload_group_idx(key)]) for own, key in own_keys.items()]
+        notes = self._notes(req_context)
+        if not self._settings.enabled or notes.has_hole:
+            return PrepareStoreOutput([], SlotSpec.of(0, []), [])
+        salt = self._salt(req_context)
+        own_keys = {salted(key, salt): key for key in keys}
+        positions = req_context._offload_key_positions
+        in_order = sorted(own_keys, key=lambda own: positions.get(own_keys[own], 0))
+        own = set(self._own_keys(req_context)) if salt else positions
+        stored = self._core.store(
+            [(key, self._group_numbers[get_offload_group_idx(key)]) for key in in_order], own
         )
+        notes.has_hole = stored.dropped > 0
+        by_key = {placement.key: placement for placement in stored.placements}
+        placements = [by_key[key] for key in own_keys if key in by_key]  # in vLLM's order: that of its block ids
+        transfer = next(self._transfers)
+        self._storing.update((placement.key, transfer) for placement in placements)
         self._core.counters["kvoffload_stored_blocks_total",] += len(placements)
-        return PrepareStoreOutput([own_keys[place.key] for place in placements], SlotSpec.of(placements), [])
+        return PrepareStoreOutput([own_keys[place.key] for place in placements], SlotSpec.of(transfer, placements), [])
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         own_keys = self._keys(keys, req_context)
-        failed = self._failed.intersection(own_keys) if success else set(own_keys)
-        self._failed -= failed
-        self._core.store_done(own_keys, failed)
+        transfers = {self._storing.pop(key) for key in own_keys if key in self._storing}
+        failed = {key for transfer in transfers for key in self._failed.pop(transfer, {})}
+        self._core.store_done(own_keys, failed if success else own_keys)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        self._no_loads.discard(req_context.req_id)
-        # vLLM 0.32 calls `touch` nowhere; the positions it notes are the request's keys, head first.
-        self._core.touch(self._keys(req_context._offload_key_positions, req_context))
+        self._core.touch(self._own_keys(req_context))  # vLLM 0.32 itself calls `touch` nowhere
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._core.end_step()
@@ -200,7 +241,12 @@ class ManagerAdapter(OffloadingManager):
         return self._core.pending() or bool(self._attach)
 
     def reset_cache(self) -> None:
+        """vLLM calls this when what it cached is void, after new weights for one. What is computed from now on may
+        belong to other weights than the namespace says, so it gets keys that no other process will ask for."""
+        self._first_transfer = next(self._transfers)
         self._failed.clear()
+        self._storing.clear()
+        self._life = os.urandom(16)
         self._core.reset()
 
     def shutdown(self) -> None:
@@ -216,7 +262,9 @@ class ManagerAdapter(OffloadingManager):
 
     def take_in(self, report: TransferReport) -> None:
         """What workers did. REQUIRES: called before vLLM's scheduler half learns of the jobs that ended with it."""
-        self._failed |= report.failed_keys
+        for transfer, errors in report.failed.items():
+            if transfer >= self._first_transfer:
+                self._failed.setdefault(transfer, {}).update(errors)
         for demotion, ranks in report.demoted.items():
             self._core.ack(demotion, ranks, report.failed_demotions.get(demotion, 0))
         if report.attach_error:

@@ -15,6 +15,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvoffload.config import Config
 from kvoffload.metrics import METRICS
+from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.manager import ManagerAdapter
 from kvoffload.vllm.worker import OffWorker, open_worker
 
@@ -28,9 +29,9 @@ def user_settings(extra_config: Any) -> Config:
 
 class KVOffloadSpec(OffloadingSpec):
     """vLLM makes one in the scheduler process and one per worker. The connector completes it after construction:
-    `payload_bytes` comes from the KV-cache configuration, which a spec is not given."""
+    its `geometry` comes from the KV-cache configuration, which a spec is not given."""
 
-    payload_bytes: int = 0
+    geometry: Geometry
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
@@ -51,4 +52,4 @@ class KVOffloadSpec(OffloadingSpec):
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if not self.settings.enabled:
             return OffWorker()
-        return open_worker(self.settings, self.config, self.payload_bytes, kv_caches)
+        return open_worker(self.settings, self.config, self.geometry, kv_caches)

@@ -18,14 +18,16 @@ from kvoffload.types import BlockKey, TransferPlan, TransferReport
 class SlotSpec(LoadStoreSpec):
     """The slots of a job's blocks, in the order of vLLM's block ids."""
 
+    transfer: int  # our name for the job; vLLM's job id is not told to the manager
     keys: list[BlockKey]
     generations: np.ndarray
     dram_slots: np.ndarray
     ssd_slots: np.ndarray
 
     @classmethod
-    def of(cls, placements: list[Placement]) -> "SlotSpec":
+    def of(cls, transfer: int, placements: list[Placement]) -> "SlotSpec":
         return cls(
+            transfer=transfer,
             keys=[place.key for place in placements],
             generations=np.array([place.generation for place in placements], np.uint64),
             dram_slots=np.array([place.dram_slot for place in placements], np.uint32),

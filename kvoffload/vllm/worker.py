@@ -1,5 +1,6 @@
 """The worker half: vLLM's `OffloadingWorker` on top of kvoffload.worker and the engine."""
 
+import errno
 import logging
 
 import numpy as np
@@ -15,9 +16,8 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvoffload.config import Config
 from kvoffload.engine import Engine
-from kvoffload.layout import dram_plan
 from kvoffload.types import EngineOptions, TransferPlan, TransferReport
-from kvoffload.vllm.geometry import regions
+from kvoffload.vllm.geometry import Geometry, regions
 from kvoffload.vllm.transfer import SlotSpec
 from kvoffload.worker import BlockList, Worker
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def open_worker(
-    settings: Config, config: OffloadingConfig, payload_bytes: int, kv_caches: CanonicalKVCaches
+    settings: Config, config: OffloadingConfig, geometry: Geometry, kv_caches: CanonicalKVCaches
 ) -> "WorkerAdapter":
     """Opens this rank's engine over the KV cache."""
     parallel = config.parallel
-    plan = dram_plan(settings.dram_bytes // parallel.data_parallel_size, payload_bytes, parallel.world_size)
-    engine = Engine(EngineOptions(payload_bytes=payload_bytes, dram_slots=plan.slots, spare_slots=plan.spares))
+    plan = geometry.dram_plan(settings)
+    engine = Engine(EngineOptions(geometry.payload_bytes, dram_slots=plan.slots, spare_slots=plan.spares))
     groups = regions(kv_caches)
     engine.bind(groups)
     for line in engine.describe():
@@ -49,7 +49,9 @@ def _stream() -> int:
 def _block_list(slots: SlotSpec, blocks: GPULoadStoreSpec) -> BlockList:
     """Pairs slots with KV blocks: both are in group order, one block per key."""
     groups = np.repeat(np.arange(len(blocks.group_sizes), dtype=np.uint16), blocks.group_sizes)
-    return BlockList(slots.keys, slots.generations, slots.dram_slots, slots.ssd_slots, blocks.block_ids, groups)
+    return BlockList(
+        slots.transfer, slots.keys, slots.generations, slots.dram_slots, slots.ssd_slots, blocks.block_ids, groups
+    )
 
 
 class WorkerAdapter(OffloadingWorker):
@@ -87,13 +89,13 @@ class WorkerAdapter(OffloadingWorker):
     def _refuse(self, job_id: int, slots: SlotSpec, blocks: int) -> None:
         # Pairing them up some other way could serve a block's bytes for another's.
         logger.error("kvoffload: vLLM named %d blocks for %d keys; the job fails", blocks, len(slots.keys))
-        self._worker.refuse(job_id, slots.keys)
+        self._worker.refuse(job_id, slots.transfer, dict.fromkeys(slots.keys, errno.ECANCELED))
 
     def get_finished(self) -> list[TransferResult]:
         self._worker.poll()
         results = []
-        for job_id, failed in self._worker.take_finished():
-            if failed:
+        for job_id, arrived in self._worker.take_finished():
+            if not arrived:
                 self._failed_jobs.add(job_id)
             results.append(TransferResult(job_id, success=True))
         return results

@@ -2,7 +2,8 @@ import errno
 
 import pytest
 
-from kvoffload.manager import PAUSE_MIN_S, BlockManager
+from kvoffload.blocks import PAUSE_MIN_S
+from kvoffload.manager import BlockManager
 from kvoffload.types import NO_SLOT, Tier
 from tests.manager.world import MemoryJournal
 
@@ -24,7 +25,7 @@ class Books:
         self.manager = BlockManager(dram, ssd, ranks, self.journal, dram_is_tier=tier, clock=lambda: self.now)
 
     def store(self, blocks: list[bytes]) -> list[bytes]:
-        stored = [place.key for place in self.manager.store([(key, 0) for key in blocks])]
+        stored = [place.key for place in self.manager.store([(key, 0) for key in blocks]).placements]
         self.manager.store_done(stored)
         self.manager.check()
         return stored
@@ -158,16 +159,50 @@ def test_a_failed_load_forgets_the_block_in_both_tiers():
     books.demote()
     books.manager.lookup(b"a0")
     books.manager.load(prefix("a", 2), "r")
-    books.manager.load_done(prefix("a", 2), "r", failed={b"a0"})
+    books.manager.load_done(prefix("a", 2), "r", failed={b"a0": errno.EBADMSG})
     books.manager.check()
     assert books.tiers(prefix("a", 2)) == [None, Tier.DRAM]
     assert list(books.journal.blocks) == [b"a1"]
     assert books.store([b"a0"]) == [b"a0"]
 
 
+def test_a_late_load_keeps_the_block_and_stops_reads_for_a_while():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    books.demote()
+    books.store(prefix("b", 3))
+    books.demote()
+    books.manager.lookup(b"a3")
+    books.manager.load([b"a3"], "r")
+    books.manager.load_done([b"a3"], "r", failed={b"a3": errno.ETIMEDOUT})
+    books.manager.check()
+    assert b"a3" in books.journal.blocks
+    assert books.manager.lookup(b"a3") is None
+    books.now += PAUSE_MIN_S
+    assert books.manager.lookup(b"a3") is Tier.SSD
+
+
+def test_a_block_that_is_not_held_is_loaded_from_nowhere():
+    books = Books(dram=4, ssd=8)
+    (place,) = books.manager.load([b"a0"], "r")
+    assert (place.dram_slot, place.ssd_slot) == (NO_SLOT, NO_SLOT)
+    books.manager.load_done([b"a0"], "r", failed={b"a0": errno.ENOENT})
+    books.manager.check()
+
+
+def test_a_store_does_not_evict_its_own_prefix():
+    books = Books(dram=8, ssd=0)
+    books.store(prefix("a", 6))
+    books.store(prefix("b", 2))
+    stored = books.manager.store([(key, 0) for key in prefix("a", 12)], own=set(prefix("a", 12)))
+    assert [place.key for place in stored.placements] == [b"a6", b"a7"]
+    assert stored.dropped == 4
+    assert books.tiers(prefix("a", 6)) == [Tier.DRAM] * 6
+
+
 def test_a_failed_store_leaves_nothing_behind():
     books = Books(dram=4, ssd=8)
-    placed = books.manager.store([(key, 0) for key in prefix("a", 2)])
+    placed = books.manager.store([(key, 0) for key in prefix("a", 2)]).placements
     books.manager.store_done([place.key for place in placed], failed={b"a1"})
     assert books.tiers(prefix("a", 2)) == [Tier.DRAM, None]
     assert books.demote() == [b"a0"]
@@ -236,15 +271,34 @@ def test_a_block_the_ssd_lost_to_a_younger_one_is_not_written_again():
     assert not books.manager.pending()
 
 
-def test_without_the_ssd_its_blocks_are_forgotten_and_dram_goes_on():
+def test_without_the_ssd_dram_goes_on_and_the_journal_keeps_what_it_knows():
     books = Books(dram=4, ssd=8)
     books.store(prefix("a", 4))
     books.demote()
     books.store(prefix("b", 2))
+    books.demote()
+    journalled = dict(books.journal.blocks)
     books.manager.disable_ssd()
     books.manager.check()
-    assert books.tiers(prefix("a", 4)) == [None] * 4
+    assert books.journal.blocks == journalled
+    assert books.tiers(prefix("a", 2)) == [Tier.DRAM] * 2  # their copies in DRAM are still good
+    assert books.tiers(prefix("a", 4)[2:]) == [None] * 2
     assert books.tiers(prefix("b", 2)) == [Tier.DRAM] * 2
     assert books.store(prefix("c", 4)) == prefix("c", 4)
     assert books.demote() == []
     assert not books.manager.pending()
+
+
+def test_one_load_does_not_look_for_dram_slots_again_and_again():
+    books = Books(dram=200, ssd=400)
+    books.store(prefix("a", 200))
+    books.demote()
+    books.store(prefix("b", 200))
+    books.demote()
+    for key in [*prefix("b", 200), *prefix("a", 200)]:
+        books.manager.lookup(key)
+    asked = []
+    take = books.manager._take_dram_slot
+    books.manager._take_dram_slot = lambda *exempt: asked.append(1) or take(*exempt)
+    books.manager.load(prefix("a", 200), "r")
+    assert len(asked) == 1

@@ -8,7 +8,8 @@ import errno
 import random
 from dataclasses import dataclass
 
-from kvoffload.manager import BlockManager, Placement, State
+from kvoffload.blocks import Placement, State
+from kvoffload.manager import BlockManager
 from kvoffload.types import NO_SLOT, BlockKey
 
 
@@ -97,7 +98,7 @@ class SimWorker:
 
     def _load(self, place: Placement, content: bytes, fault: bool) -> tuple[int, bytes]:
         if fault:
-            return errno.EIO, b""
+            return self.rng.choice([errno.EIO, errno.ETIMEDOUT]), b""
         source = self.dram.get(place.dram_slot) if place.ssd_slot == NO_SLOT else self.ssd.get(place.ssd_slot)
         if source is None or source[:2] != (place.key, place.generation):
             return errno.EBADMSG, b""
@@ -110,8 +111,7 @@ class SimWorker:
 class Job:
     kind: str
     keys: list[BlockKey]
-    acks: int
-    failed: set[BlockKey]
+    failed: dict[BlockKey, int]
     left: int
 
 
@@ -175,17 +175,17 @@ class World:
         if hits and self.rng.random() < 0.8:
             loaded = keys[: self.rng.randint(1, hits)]
             places = self.manager.load(loaded, name)
-            self.jobs[name] = Job("load", loaded, 0, set(), len(places) * self.ranks)
+            self.jobs[name] = Job("load", loaded, {}, len(places) * self.ranks)
             self._begin("load", places, name)
         self.manager.touch(keys)
         return keys
 
     def _store(self, name: str, keys: list[BlockKey]) -> None:
-        places = self.manager.store([(key, 0) for key in keys])
+        places = self.manager.store([(key, 0) for key in keys]).placements
         if not places:
             return
         name += " store"
-        self.jobs[name] = Job("store", [place.key for place in places], 0, set(), len(places) * self.ranks)
+        self.jobs[name] = Job("store", [place.key for place in places], {}, len(places) * self.ranks)
         self._begin("store", places, name)
 
     def _begin(self, kind: str, places: list[Placement], owner: object) -> None:
@@ -221,7 +221,7 @@ class World:
         job = self.jobs[action.owner]
         job.left -= 1
         if error:
-            job.failed.add(action.place.key)
+            job.failed.setdefault(action.place.key, error)
         if job.left:
             return
         del self.jobs[action.owner]

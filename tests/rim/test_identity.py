@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from kvoffload.types import KEY_BYTES_MAX
 from kvoffload.vllm.identity import LoraSalts, files_digest, salted
@@ -46,13 +47,39 @@ def test_weights_in_the_hubs_cache_are_told_by_the_name_of_their_blob(tmp_path):
     assert digests[0] != digests[1]
 
 
-def test_an_adapter_replaced_under_its_name_gets_other_keys(weights):
-    salts = LoraSalts()
-    before = salts.of(str(weights))
-    assert salts.of(str(weights)) == before
+def adapter(path, **options) -> LoRARequest:
+    return LoRARequest("adapter", 1, str(path), **options)
+
+
+def test_an_adapter_with_other_content_gets_other_keys_after_a_restart(weights):
+    before = LoraSalts().of(adapter(weights))
+    assert LoraSalts().of(adapter(weights)) == before
     (weights / "a.safetensors").write_bytes(os.urandom(10_000))
-    after = salts.of(str(weights))
+    after = LoraSalts().of(adapter(weights))
     assert len({KEY, salted(KEY, before), salted(KEY, after)}) == 3
+
+
+def test_blocks_of_an_adapter_whose_files_changed_while_in_use_are_never_found_again(weights):
+    salts = LoraSalts()
+    before = salts.of(adapter(weights))
+    (weights / "a.safetensors").write_bytes(os.urandom(10_001))
+    after = salts.of(adapter(weights))  # vLLM still computes with the old weights
+    assert salts.of(adapter(weights)) == after
+    assert after not in (before, LoraSalts().of(adapter(weights)))
+
+
+def test_an_adapter_loaded_anew_in_place_is_known_by_its_new_content(weights):
+    salts = LoraSalts()
+    salts.of(adapter(weights))
+    (weights / "a.safetensors").write_bytes(os.urandom(10_001))
+    assert salts.of(adapter(weights, load_inplace=True)) == LoraSalts().of(adapter(weights))
+
+
+def test_an_adapter_that_cannot_be_read_shares_its_blocks_with_no_other_process(tmp_path):
+    salts = LoraSalts()
+    missing = salts.of(adapter(tmp_path / "missing"))
+    assert salts.of(adapter(tmp_path / "missing")) == missing
+    assert LoraSalts().of(adapter(tmp_path / "missing")) != missing
 
 
 def test_a_salted_key_keeps_its_length_and_group():

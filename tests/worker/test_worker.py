@@ -17,6 +17,7 @@ from kvoffload.worker import BlockList, Worker
 
 BLOCKS, LAYERS, PAGE = 32, 3, 10_000  # not a multiple of any sector
 PAYLOAD = LAYERS * PAGE
+TRANSFER = 5
 
 
 class Rig:
@@ -47,13 +48,14 @@ class Rig:
     def content(self, block: int) -> bytes:
         return b"".join(layer[block].tobytes() for layer in self.kv)
 
-    def run(self, verb: str, blocks: BlockList) -> set[bytes]:
-        """Carries out a load or a store; the keys that failed."""
+    def run(self, verb: str, blocks: BlockList) -> dict[bytes, int]:
+        """Carries out a load or a store; the keys that failed, with their errno."""
         self.jobs += 1
         getattr(self.worker, verb)(self.jobs, blocks)
         self.worker.wait({self.jobs})
-        ((job, failed),) = self.worker.take_finished()
-        assert job == self.jobs
+        self.report = self.worker.take_report()
+        failed = self.report.failed.get(TRANSFER, {})
+        assert self.worker.take_finished() == [(self.jobs, not failed)]
         return failed
 
     def demote(self, count: int, generation: int = 7) -> dict[int, int]:
@@ -81,6 +83,7 @@ def key(number: int) -> bytes:
 
 def block_list(count: int, dram, ssd, kv_blocks, generation: int = 7) -> BlockList:
     return BlockList(
+        transfer=TRANSFER,
         keys=[key(number) for number in range(count)],
         generations=np.full(count, generation, np.uint64),
         dram_slots=np.array(dram, np.uint32),
@@ -93,7 +96,7 @@ def block_list(count: int, dram, ssd, kv_blocks, generation: int = 7) -> BlockLi
 def stored(rig: Rig, count: int) -> list[bytes]:
     """`count` blocks in DRAM and on SSD, slot n holding block n, and the KV cache overwritten."""
     contents = rig.fill(seed=1)
-    assert rig.run("store", block_list(count, range(count), [NO_SLOT] * count, range(count))) == set()
+    assert rig.run("store", block_list(count, range(count), [NO_SLOT] * count, range(count))) == {}
     assert rig.demote(count) == {}
     rig.fill(seed=2)
     return contents
@@ -104,11 +107,11 @@ def test_blocks_come_back_from_dram_and_ssd_to_wherever_they_are_wanted(rig):
     targets = random.Random(3).sample(range(BLOCKS), 8)
     dram = [0, NO_SLOT, 2, NO_SLOT, 14, 15, 6, NO_SLOT]  # 14 and 15: the block moves into DRAM on its way
     ssd = [NO_SLOT, 1, NO_SLOT, 3, 4, 5, NO_SLOT, 7]
-    assert rig.run("load", block_list(8, dram, ssd, targets)) == set()
+    assert rig.run("load", block_list(8, dram, ssd, targets)) == {}
     assert [rig.content(block) for block in targets] == contents[:8]
     rig.fill(seed=4)
-    promoted = BlockList([key(4)], *(np.array([value]) for value in (7, 14, NO_SLOT, 9, 0)))
-    assert rig.run("load", promoted) == set()
+    promoted = BlockList(TRANSFER, [key(4)], *(np.array([value]) for value in (7, 14, NO_SLOT, 9, 0)))
+    assert rig.run("load", promoted) == {}
     assert rig.content(9) == contents[4]
 
 
@@ -121,23 +124,32 @@ def test_a_damaged_slot_fails_its_block_alone(rig):
         file.write(bytes([byte[0] ^ 1]))
         os.fsync(file.fileno())
     before = rig.content(12)
-    assert rig.run("load", block_list(4, [NO_SLOT] * 4, range(4), range(10, 14))) == {key(2)}
+    assert rig.run("load", block_list(4, [NO_SLOT] * 4, range(4), range(10, 14))) == {key(2): errno.EBADMSG}
     assert [rig.content(10), rig.content(11), rig.content(13)] == [contents[0], contents[1], contents[3]]
     assert rig.content(12) == before
-    report = rig.worker.take_report()
-    assert report.failed_keys == {key(2)}
-    assert report.counters["kvoffload_transfer_failures_total", "read", "EBADMSG"] == 1
+    assert rig.report.counters["kvoffload_transfer_failures_total", "read", "EBADMSG"] == 1
 
 
 def test_a_slot_with_another_generation_is_a_failed_load(rig):
     stored(rig, 2)
-    assert rig.run("load", block_list(2, [0, NO_SLOT], [NO_SLOT, 1], [5, 6], generation=8)) == {key(0), key(1)}
+    failed = rig.run("load", block_list(2, [0, NO_SLOT], [NO_SLOT, 1], [5, 6], generation=8))
+    assert failed == {key(0): errno.EBADMSG, key(1): errno.EBADMSG}
+
+
+def test_a_block_that_is_nowhere_fails_its_job_and_harms_no_other_block(rig):
+    contents = stored(rig, 2)
+    assert rig.run("load", block_list(2, [0, NO_SLOT], [NO_SLOT] * 2, [5, 6])) == {
+        key(0): errno.ECANCELED,
+        key(1): errno.ENOENT,
+    }
+    assert rig.run("load", block_list(2, [0, 1], [NO_SLOT] * 2, [5, 6])) == {}
+    assert [rig.content(5), rig.content(6)] == contents[:2]
 
 
 def test_a_job_larger_than_the_engine_takes_is_carried_out_in_parts(tmp_path):
     rig = Rig(tmp_path, max_ops=4)
     contents = stored(rig, 16)
-    assert rig.run("load", block_list(16, [NO_SLOT] * 16, range(16), range(16))) == set()
+    assert rig.run("load", block_list(16, [NO_SLOT] * 16, range(16), range(16))) == {}
     assert [rig.content(block) for block in range(16)] == contents[:16]
     rig.close()
 
@@ -150,7 +162,7 @@ def test_slot_files_that_cannot_be_used_are_reported_and_dram_still_works(rig, t
     assert str(tmp_path / "none") in worker.take_report().attach_error
     worker.store(1, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
     worker.wait({1})
-    assert worker.take_finished() == [(1, set())]
+    assert worker.take_finished() == [(1, True)]
     worker.close()
 
 
@@ -170,10 +182,21 @@ class DeafEngine:
 
 
 def test_operations_the_engine_never_had_room_for_fail_at_their_deadline(monkeypatch):
-    monkeypatch.setattr(worker_module, "LOAD_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(worker_module, "LOAD_TIMEOUT_S", -1.0)
     worker = Worker(DeafEngine(room=0), rank=0, group_bytes=[PAYLOAD])
     worker.load(1, block_list(2, [NO_SLOT] * 2, [0, 1], [0, 1]))
     worker.poll()
-    assert worker.take_finished() == [(1, {key(0), key(1)})]
+    assert worker.take_finished() == [(1, False)]
     report = worker.take_report()
+    assert report.failed == {TRANSFER: {key(0): errno.ETIMEDOUT, key(1): errno.ETIMEDOUT}}
     assert report.counters["kvoffload_transfer_failures_total", "read", errno.errorcode[errno.ETIMEDOUT]] == 2
+
+
+def test_a_load_of_any_size_leaves_room_for_stores(monkeypatch):
+    monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 8)
+    engine = DeafEngine(room=10)
+    worker = Worker(engine, rank=0, group_bytes=[PAYLOAD])
+    worker.load(1, block_list(16, [NO_SLOT] * 16, range(16), range(16)))
+    assert engine.room == 2
+    worker.store(2, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
+    assert engine.room == 0

@@ -1,0 +1,191 @@
+"""The scheduler half between vLLM's calls and the block manager: order, holes, failures, resets."""
+
+import errno
+
+import pytest
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadPolicy,
+    ReqContext,
+    ScheduleEndContext,
+    TierFilter,
+    TierMatcher,
+    make_offload_key,
+)
+from vllm.v1.kv_offload.config import (
+    OffloadingCacheConfig,
+    OffloadingConfig,
+    OffloadingGroupConfig,
+    OffloadingModelConfig,
+    OffloadingParallelConfig,
+)
+
+from kvoffload.config import Config
+from kvoffload.errors import ConfigError
+from kvoffload.layout import slot_bytes
+from kvoffload.types import NO_SLOT, TransferReport
+from kvoffload.vllm.geometry import Geometry
+from kvoffload.vllm.manager import ManagerAdapter
+
+PAYLOAD = 100_000
+GROUPS = (4, 7)  # vLLM's group ids need not begin at 0
+
+
+def offloading_config() -> OffloadingConfig:
+    return OffloadingConfig(
+        groups=tuple(OffloadingGroupConfig(32, ("layer",), group) for group in GROUPS),
+        worker_kv_bytes_per_block=PAYLOAD,
+        enable_kv_cache_events=False,
+        extra_config={},
+        engine_id="engine",
+        model=OffloadingModelConfig("model", "float32"),
+        cache=OffloadingCacheConfig(32, 1),
+        parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
+    )
+
+
+def adapter(dram_slots: int = 32, **settings) -> ManagerAdapter:
+    settings.setdefault("dram_kv_offload_gb", (dram_slots + 4) * slot_bytes(PAYLOAD) / 1e9 + 0.0021)
+    manager = ManagerAdapter(Config.parse(settings), offloading_config())
+    manager.open(Geometry(PAYLOAD, ranks=1, engines=1, blocks_per_step=8), {"model": "test"})
+    return manager
+
+
+def request(manager: ManagerAdapter, name: str, blocks: int, groups=GROUPS[:1], prompt: bytes = b"p"):
+    """A request's context and its keys, as vLLM makes them: all of one group, then all of the next."""
+    context = ReqContext(name)
+    assert manager.on_new_request(context).policy is OffloadPolicy.REQUEST_LEVEL
+    keys = []
+    for group in groups:
+        for number in range(blocks):
+            keys.append(make_offload_key(prompt + bytes([number]) * 31, group))
+            context.set_offload_key_position(keys[-1], 32 * (number + 1))
+    return context, keys
+
+
+def end_step(manager: ManagerAdapter):
+    manager.on_schedule_end(ScheduleEndContext((), ()))
+    return manager.take_plan()
+
+
+def store(manager: ManagerAdapter, context, keys, failed=()):
+    output = manager.prepare_store(keys, context)
+    errors = {key: errno.EIO for key in output.store_spec.keys if key in failed}
+    if errors:
+        manager.take_in(TransferReport(failed={output.store_spec.transfer: errors}))
+    manager.complete_store(set(output.keys_to_store), context)
+    return output.keys_to_store
+
+
+def hits(manager: ManagerAdapter, context, keys) -> list[bool]:
+    return [manager.lookup(key, context) is LookupResult.HIT for key in keys]
+
+
+def test_slots_are_given_in_the_order_of_vllms_block_ids_whatever_is_held_already():
+    manager = adapter()
+    context, keys = request(manager, "r", 6, GROUPS)
+    assert store(manager, context, keys[2:4]) == keys[2:4]
+    output = manager.prepare_store(keys, context)
+    assert output.keys_to_store == output.store_spec.keys == keys[:2] + keys[4:]
+
+
+def test_when_slots_run_out_every_group_keeps_its_beginning():
+    manager = adapter(dram_slots=10)
+    context, keys = request(manager, "r", 8, GROUPS)
+    stored = store(manager, context, keys)
+    half = (len(stored) + 1) // 2
+    assert 4 < len(stored) < 16
+    assert stored == [*keys[:half], *keys[8 : 8 + len(stored) - half]]
+
+
+def test_nothing_is_stored_behind_a_hole():
+    manager = adapter(dram_slots=10)
+    context, keys = request(manager, "r", 30)
+    first = store(manager, context, keys[:20])
+    assert 0 < len(first) < 20
+    assert store(manager, context, keys[:30]) == []
+    again, _ = request(manager, "r2", 30)
+    assert manager.prepare_store(keys[:1], again).keys_to_store == []  # held: no copy, and no hole either
+
+
+def test_a_failed_store_fails_its_own_blocks_only():
+    manager = adapter()
+    context, keys = request(manager, "r", 4)
+    store(manager, context, keys, failed=keys[1:2])
+    assert hits(manager, context, keys) == [True, False, True, True]
+    assert store(manager, context, keys) == keys[1:2]
+    assert hits(manager, context, keys) == [True] * 4
+
+
+def test_a_request_whose_load_failed_loads_no_more_and_others_do():
+    manager = adapter()
+    context, keys = request(manager, "r", 4)
+    store(manager, context, keys)
+    assert hits(manager, context, keys) == [True] * 4
+    spec = manager.prepare_load(keys, context)
+    end_step(manager)
+    manager.take_in(TransferReport(failed={spec.transfer: {keys[2]: errno.EBADMSG}}))
+    manager.complete_load(set(keys), context)
+    assert hits(manager, context, keys) == [False] * 4
+    other, _ = request(manager, "r2", 4)
+    assert hits(manager, other, keys) == [True, True, False, True]
+    assert store(manager, context, keys) == keys[2:3]  # recomputed, and stored again
+
+
+def test_failures_of_jobs_from_before_a_reset_touch_nothing_after_it():
+    manager = adapter()
+    context, keys = request(manager, "r", 2)
+    stale = manager.prepare_store(keys, context).store_spec.transfer
+    manager.reset_cache()
+    manager.take_in(TransferReport(failed={stale: {keys[0]: errno.EIO}}))
+    assert store(manager, context, keys) == keys
+    assert hits(manager, context, keys) == [True, True]
+
+
+def test_after_a_reset_blocks_are_kept_under_keys_no_other_process_asks_for():
+    manager = adapter()
+    context, keys = request(manager, "r", 2)
+    assert manager.prepare_store(keys, context).store_spec.keys == keys
+    manager.reset_cache()
+    renamed = manager.prepare_store(keys, context).store_spec.keys
+    assert not set(renamed) & set(keys) and {len(key) for key in renamed} == {len(keys[0])}
+
+
+def test_a_load_of_what_is_not_held_is_answered_and_fails():
+    manager = adapter()
+    context, keys = request(manager, "r", 1)
+    spec = manager.prepare_load(keys, context)
+    assert (spec.dram_slots[0], spec.ssd_slots[0]) == (NO_SLOT, NO_SLOT)
+    manager.complete_load(set(keys), context)
+
+
+def test_acknowledgements_nobody_waits_for_are_passed_over():
+    adapter().take_in(TransferReport(demoted={99: 1}))
+
+
+def test_a_request_may_exclude_a_tier():
+    manager = adapter()
+    context, keys = request(manager, "r", 1)
+    store(manager, context, keys)
+    context.load_tier_filter = TierFilter((TierMatcher(medium=Medium.STORAGE),))
+    assert hits(manager, context, keys) == [False]
+    context.load_tier_filter = TierFilter((TierMatcher(medium=Medium.CPU),))
+    assert hits(manager, context, keys) == [True]
+
+
+def test_a_dram_tier_too_small_or_larger_than_the_machine_is_refused_with_figures():
+    with pytest.raises(ConfigError, match="holds fewer than 8 blocks.*at least ([0-9.]+) GB") as refused:
+        adapter(dram_kv_offload_gb=0.0005)
+    least = float(str(refused.value).split("at least ")[1].split(" GB")[0])
+    adapter(dram_kv_offload_gb=least)
+    with pytest.raises(ConfigError, match=r"1e\+06 is more than the [0-9.]+ GB of memory"):
+        adapter(dram_kv_offload_gb=1e6)
+
+
+def test_switched_off_it_neither_finds_nor_stores():
+    manager = ManagerAdapter(Config.parse({}), offloading_config())
+    context, keys = request(manager, "r", 2)
+    assert manager.prepare_store(keys, context).keys_to_store == []
+    assert hits(manager, context, keys) == [False, False]
+    assert manager.get_stats() is None and not manager.has_pending_work()
