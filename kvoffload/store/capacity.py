@@ -1,8 +1,7 @@
 """How many slots the cap and the drives allow, when everything below kvoffload/ counts."""
 
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from ..errors import StoreError
@@ -11,14 +10,12 @@ from ..layout import (
     NAMESPACE_BYTES,
     SLOTS_MIN,
     SUPERBLOCK_BYTES,
-    slot_bytes,
+    ssd_slot_bytes,
     ssd_slots,
 )
 from ..types import NO_SLOT
 from .directory import Directory
-from .namespace import ROOT_LOCK, Manifest, is_held, is_namespace
-
-logger = logging.getLogger(__name__)
+from .namespace import LOCK, ROOT_LOCK, Manifest, holder, is_held, is_namespace
 
 AUTOMATIC_SHARE = 0.8  # of what is free, so that the drive is never filled by a cache nobody sized
 
@@ -29,32 +26,34 @@ class PathUse:
 
     path: str
     device: int
-    free: int  # on the file system, to this user
+    free: int  # on the file system, to this user, once what is obsolete has been removed
     own: int  # held by this namespace
     others: int  # held by everything else below kvoffload/, or reserved by live engines
     pending: int  # the part of `others` that live engines have reserved and not yet allocated
 
 
-def measure(root: Directory, own_namespace: str) -> PathUse:
-    """Count what lies below `root`. Call with the root lock held."""
-    own = pending = others = 0
+def measure(root: Directory, own_namespace: str, obsolete: Set[str]) -> PathUse:
+    """Count what lies below `root`, as if the `obsolete` were gone. Call with the root lock held."""
+    own = pending = others = freed = 0
     for name in root.names():
         if name == ROOT_LOCK:
             continue  # part of every namespace's NAMESPACE_BYTES, as the root directory itself is
         physical = root.tree_bytes(name)
-        if name == own_namespace:
+        if name in obsolete:
+            freed += physical
+        elif name == own_namespace:
             own = physical
         else:
             promised = max(0, _reserved(root, name) - physical)
             others += physical + promised
             pending += promised
     found = os.statvfs(root.fd)
-    free = found.f_bavail * found.f_frsize
+    free = found.f_bavail * found.f_frsize + freed
     return PathUse(root.path, os.fstat(root.fd).st_dev, free, own, others, pending)
 
 
 def _reserved(root: Directory, name: str) -> int:
-    """What a live engine has been promised for its namespace; 0 when none holds it."""
+    """What a live engine has been promised for its namespace; 0 when none holds it. StoreError if that is unknown."""
     if not is_namespace(root, name):
         return 0
     with root.child(name) as directory:
@@ -62,10 +61,14 @@ def _reserved(root: Directory, name: str) -> int:
             return 0
         try:
             manifest = Manifest.read(directory)
-        except StoreError as error:
-            logger.warning("another engine's reservation is unknown: %s", error)
-            return 0
-        return manifest.reserved_bytes if manifest else 0
+        except StoreError:
+            manifest = None  # its remedy is not ours to offer: that cache is another engine's
+        if manifest is None:
+            raise StoreError(
+                f"{directory.path} is in use by {holder(directory, LOCK)}, and without a readable manifest.json nobody "
+                "knows how much of the cap that engine holds: stop it, or name another nvme_path"
+            )
+        return manifest.reserved_bytes
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Geometry:
     ranks: int
     paths: int
 
+    @property
+    def least(self) -> int:
+        """The fewest blocks worth having: every path shall hold one."""
+        return max(SLOTS_MIN, self.paths)
+
     def slots(self, budget: int) -> int:
         """Blocks that fit `budget` bytes over all paths and ranks."""
         return min(NO_SLOT - 1, ssd_slots(budget, self.payload_bytes, self.ranks, self.paths))
@@ -84,7 +92,7 @@ class Geometry:
         """Bytes on one path once every slot has been written."""
         local = (slot_count - path_index + self.paths - 1) // self.paths
         journal = slot_count * JOURNAL_BYTES_PER_SLOT if path_index == 0 else 0
-        return NAMESPACE_BYTES + self.ranks * (SUPERBLOCK_BYTES + local * slot_bytes(self.payload_bytes)) + journal
+        return NAMESPACE_BYTES + self.ranks * (SUPERBLOCK_BYTES + local * ssd_slot_bytes(self.payload_bytes)) + journal
 
     def total_bytes(self, slot_count: int) -> int:
         return sum(self.path_bytes(index, slot_count) for index in range(self.paths))
@@ -102,9 +110,9 @@ def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geome
         # Blocks are striped evenly, so the path with the least room left decides for all.
         budget = min(cap_bytes // sharers, len(uses) * min(cap_bytes // len(uses) - use.others for use in uses))
     slot_count = geometry.slots(budget)
-    if slot_count < SLOTS_MIN:
+    if slot_count < geometry.least:
         raise StoreError(_too_small(cap_bytes, uses, geometry))
-    _check_free(uses, geometry, slot_count)
+    _check_free(cap_bytes, uses, geometry, slot_count)
     return slot_count
 
 
@@ -115,21 +123,22 @@ def _free_share(use: PathUse, uses: Sequence[PathUse]) -> int:
 
 
 def _too_small(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometry) -> str:
-    needed = geometry.total_bytes(SLOTS_MIN)
+    needed = geometry.total_bytes(geometry.least)
     if cap_bytes is None:
         free = sum(_free_share(use, uses) for use in uses)
         return (
-            f"ssd_kv_offload_gb=-1 takes {AUTOMATIC_SHARE:.0%} of what is free, {free} bytes, but {SLOTS_MIN} blocks "
+            f"ssd_kv_offload_gb=-1 takes {AUTOMATIC_SHARE:.0%} of what is free, {free} bytes, but {geometry.least} blocks "
             f"need {needed} bytes: free space or name another nvme_path"
         )
     others = sum(use.others for use in uses)
     return (
         f"ssd_kv_offload_gb allows {cap_bytes} bytes, of which other namespaces hold {others}, but the smallest useful "
-        f"cache of {SLOTS_MIN} blocks needs {needed}: raise ssd_kv_offload_gb or set clean_obsolete_kv_cache=true"
+        f"cache of {geometry.least} blocks needs {needed}: raise ssd_kv_offload_gb or set clean_obsolete_kv_cache=true"
     )
 
 
-def _check_free(uses: Sequence[PathUse], geometry: Geometry, slot_count: int) -> None:
+def _check_free(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometry, slot_count: int) -> None:
+    cap = "ssd_kv_offload_gb=-1" if cap_bytes is None else f"ssd_kv_offload_gb ({cap_bytes} bytes)"
     for device in dict.fromkeys(use.device for use in uses):
         sharing = [(index, use) for index, use in enumerate(uses) if use.device == device]
         needed = sum(max(0, geometry.path_bytes(index, slot_count) - use.own) for index, use in sharing)
@@ -137,6 +146,6 @@ def _check_free(uses: Sequence[PathUse], geometry: Geometry, slot_count: int) ->
         if needed > free:
             paths = " and ".join(use.path for _, use in sharing)
             raise StoreError(
-                f"{paths} has {max(0, free)} bytes free but ssd_kv_offload_gb needs {needed} more: "
+                f"{paths} has {max(0, free)} bytes free but {cap} needs {needed} more there: "
                 "lower ssd_kv_offload_gb, free space, or name another nvme_path"
             )

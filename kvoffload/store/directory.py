@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -59,19 +59,29 @@ class Directory:
             )
         return directory
 
+    @contextlib.contextmanager
+    def located(self, name: str) -> Iterator[str]:
+        """Gives the absolute path of `name`, which an OSError met meanwhile then carries too."""
+        path = os.path.join(self.path, name)
+        try:
+            yield path
+        except OSError as error:
+            error.filename, error.filename2 = path, None
+            raise
+
     def child(self, name: str, create: bool = False) -> "Directory":
         """Open a directory below. FileNotFoundError if there is none and it is not to be created."""
-        path = os.path.join(self.path, name)
         if create:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, DIRECTORY_MODE, dir_fd=self.fd)
                 os.fsync(self.fd)
-        try:
-            child = Directory(path, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd))
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                raise
-            raise StoreError(f"{path} is not a directory of kvoffload: remove it or name another nvme_path") from None
+        with self.located(name) as path:
+            try:
+                child = Directory(path, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd))
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise
+                raise StoreError(f"{path} is not a directory of kvoffload: remove it or name another nvme_path") from None
         found = os.fstat(child.fd)
         if found.st_uid != os.geteuid():
             child.close()
@@ -85,14 +95,14 @@ class Directory:
 
     def open_file(self, name: str, flags: int = os.O_RDWR) -> int:
         """Open a regular file of ours; returns its descriptor. FileNotFoundError unless O_CREAT is in flags."""
-        path = os.path.join(self.path, name)
-        try:
-            # O_NONBLOCK: a fifo of that name must not stop us before we can see that it is one.
-            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, FILE_MODE, dir_fd=self.fd)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise
-            raise StoreError(f"{path} is not a regular file: remove it") from None
+        with self.located(name) as path:
+            try:
+                # O_NONBLOCK: a fifo of that name must not stop us before we can see that it is one.
+                fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, FILE_MODE, dir_fd=self.fd)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                    raise
+                raise StoreError(f"{path} is not a regular file: remove it") from None
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             os.close(fd)
@@ -105,30 +115,30 @@ class Directory:
             fd = self.open_file(name, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        with os.fdopen(fd, "rb") as file:
+        with self.located(name), os.fdopen(fd, "rb") as file:
             return file.read(limit)
 
     def replace(self, name: str, chunks: Iterable[bytes]) -> int:
         """Put a new durable file in place of `name` in one step; returns its descriptor, open to read and write."""
         temporary = name + TEMPORARY_SUFFIX
         self.remove(temporary)
-        fd = self.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        try:
-            for chunk in chunks:
-                write_all(fd, chunk)
-            os.fsync(fd)
-            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            os.fsync(self.fd)
-        except OSError as error:
-            os.close(fd)
-            self.remove(temporary)
-            error.filename, error.filename2 = os.path.join(self.path, name), None
-            raise
-        return fd
+        with self.located(name):
+            fd = self.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            try:
+                for chunk in chunks:
+                    write_all(fd, chunk)
+                os.fsync(fd)
+                os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                os.fsync(self.fd)
+            except OSError:
+                os.close(fd)
+                self.remove(temporary)
+                raise
+            return fd
 
     def remove(self, name: str) -> None:
         """Remove a file (or the symlink itself) if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self.located(name):
             os.unlink(name, dir_fd=self.fd)
 
     def names(self) -> list[str]:
@@ -136,7 +146,8 @@ class Directory:
 
     def tree_bytes(self, name: str) -> int:
         """Physical bytes of `name` and everything below it."""
-        found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        with self.located(name):
+            found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         total = found.st_blocks * 512
         if not stat.S_ISDIR(found.st_mode):
             return total

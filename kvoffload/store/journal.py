@@ -40,6 +40,7 @@ _RECORD_DTYPE = np.dtype(
 )
 CHUNK_RECORDS = 512  # encoded between two writes; a write lets other threads run
 _FLOOR_BYTES = 64 * 1024  # a small journal is not worth compacting
+_TAIL_BYTES = 64 * 1024  # what a power loss may leave behind a journal's end; anything longer is no journal's tail
 
 
 class Kind(IntEnum):
@@ -175,51 +176,76 @@ def decode_header(data: bytes, fingerprint: bytes, path: str) -> int:
     return int(epoch)
 
 
-def replay(body: bytes) -> tuple[Index, int]:
-    """Follow the records after the header up to the first that is torn or damaged; returns how many bytes were good."""
-    count = _good_records(body)
+class Replayed(NamedTuple):
+    """What the records after the header say."""
+
+    index: Index
+    used_bytes: int  # up to the last good record
+    skipped: int  # bad records before that
+
+
+def replay(body: bytes) -> Replayed:
+    """Follow the good records after the header.
+
+    Bad ones between them are skipped: slots prove what they hold, so a change that is not known costs one block or a
+    miss, and not everything that was stored after it. A CLEAR, which is more than that, is never among them, for the
+    journal is rewritten instead.
+    """
+    is_good = _good_records(body)
+    places = np.flatnonzero(is_good)
+    count = int(places[-1]) + 1 if len(places) else 0
+    skipped = count - len(places)
+    used = memoryview(body)[: count * RECORD_BYTES]
+    if skipped:
+        used = memoryview(np.frombuffer(used, _RECORD_DTYPE)[places].tobytes())
     index = Index()
     apply = index.apply
-    for _, generation, slot, group, kind, key, _ in _RECORD.iter_unpack(memoryview(body)[: count * RECORD_BYTES]):
+    for _, generation, slot, group, kind, key, _ in _RECORD.iter_unpack(used):
         apply(kind, key, slot, generation, group)
-    return index, count * RECORD_BYTES
+    return Replayed(index, count * RECORD_BYTES, skipped)
 
 
-def _good_records(body: bytes) -> int:
-    """How many records from the front are numbered, formed and checksummed as they should be."""
+def _good_records(body: bytes) -> np.ndarray:
+    """Which records are numbered, formed and checksummed as they should be where they are."""
     records = np.frombuffer(body, _RECORD_DTYPE, count=len(body) // RECORD_BYTES)
     digest, view, size = xxhash.xxh3_64_intdigest, memoryview(body), RECORD_BYTES - _CHECKSUM.size
     starts = range(0, len(records) * RECORD_BYTES, RECORD_BYTES)
     digests = np.fromiter((digest(view[start : start + size]) for start in starts), np.uint64, len(records))
-    good = (
+    return (
         (records["checksum"] == digests)
         & (records["sequence"] == np.arange(1, len(records) + 1, dtype=np.uint64))
         & (records["kind"] >= _PUT)
         & (records["kind"] <= _CLEAR)
         & (records["key_len"] <= KEY_BYTES_MAX)
     )
-    return len(records) if good.all() else int(good.argmin())
 
 
-def load(directory: Directory, fingerprint: bytes) -> tuple[Index, int] | None:
+def load(directory: Directory, fingerprint: bytes, slot_count: int) -> tuple[Index, int] | None:
     """The index and the epoch the journal tells of; None if there is no journal, StoreError if it is no use.
 
-    A tail that is torn or damaged is what a kill leaves behind: the records before it count.
+    slot_count: what the journal was kept for, which bounds its size. A tail that is torn or damaged is what a kill
+    leaves behind: the records before it count.
     """
     try:
         fd = directory.open_file(NAME, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    path = os.path.join(directory.path, NAME)
-    with os.fdopen(fd, "rb") as file:
+    with directory.located(NAME) as path, os.fdopen(fd, "rb") as file:
         epoch = decode_header(file.read(HEADER_BYTES), fingerprint, path)
-        body = file.read()
-    index, good = replay(body)
+        size, most = os.fstat(fd).st_size, size_limit(slot_count) + _TAIL_BYTES
+        if size > most:
+            raise StoreError(
+                f"journal {path} is damaged ({size} bytes, but one of {slot_count} slots never exceeds {most}): {REMEDY}"
+            )
+        body = file.read(most)
+    index, good, skipped = replay(body)
+    if skipped:
+        logger.warning("journal %s has %d damaged records, which are skipped", path, skipped)
     if good != len(body):
         logger.warning(
             "journal %s ends in %d bytes that are torn or damaged: the %d records before them are used",
             path,
             len(body) - good,
-            good // RECORD_BYTES,
+            good // RECORD_BYTES - skipped,
         )
     return index, epoch

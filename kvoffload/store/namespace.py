@@ -8,13 +8,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import StoreError
 from ..layout import FORMAT_VERSION
+from ..types import NO_SLOT
 from .directory import Directory
 from .slotfile import REMEDY
 
@@ -28,6 +29,7 @@ _MANIFEST_BYTES_MAX = 1 << 20
 _NAMESPACE_PATTERN = re.compile(r"[0-9a-f]{32}")
 ROOT_LOCK_SECONDS = 60.0
 NAMESPACE_LOCK_SECONDS = 5.0
+SLOT_FILE_LOCK_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 
 
@@ -70,32 +72,77 @@ class Identity:
 
 
 class Lock:
-    """A held flock; released by `release`, or by the kernel when the process ends."""
+    """A held flock; released by `release`, or by the kernel when the process ends.
+
+    A flock belongs to everybody who has the descriptor, forked children too, and they may outlive us. So a child closes
+    it at once; it must not unlock, for that would release ours as well.
+    """
+
+    _held: ClassVar[set["Lock"]] = set()
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        """Not to be called directly: see `try_descriptor` and `try_hold`."""
+        self._fd: int | None = fd
+        self._held.add(self)
+
+    @classmethod
+    def try_descriptor(cls, fd: int) -> Self | None:
+        """Lock the open file `fd`, which is the lock's from now on; None, and `fd` closed, if another holds it."""
+        lock = cls(fd)  # first: a child forked from now on must close it
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.release()
+            return None
+        except OSError:
+            lock.release()
+            raise
+        return lock
 
     @classmethod
     def try_hold(cls, directory: Directory, name: str) -> Self | None:
         """Hold the lock file `name` and write our pid into it; None if another holds it."""
         fd = directory.open_file(name, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        return cls(fd)
+        with directory.located(name):
+            lock = cls.try_descriptor(fd)
+            if lock is None:
+                return None
+            try:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            except OSError:
+                lock.release()
+                raise
+            return lock
 
     def release(self) -> None:
-        os.close(self._fd)
+        """Let go; in a forked child, where it is gone already, nothing."""
+        if self._fd is not None:
+            self._held.discard(self)
+            os.close(self._fd)
+            self._fd = None
+
+    @classmethod
+    def _leave_to_parent(cls) -> None:
+        for lock in tuple(cls._held):
+            lock.release()
+
+
+os.register_at_fork(after_in_child=Lock._leave_to_parent)
 
 
 def holder(directory: Directory, name: str) -> str:
-    """The pid written in a lock file, for messages."""
+    """Who holds a lock, by the pid written in its file, for messages."""
     text = (directory.read(name, 32) or b"").decode("ascii", "replace").strip()
-    return f"process {text}" if text else "another process"
+    if not text.isdecimal():
+        return "another process"
+    try:
+        os.kill(int(text), 0)
+    except (ProcessLookupError, OverflowError):
+        return f"a child of process {text}, which is gone"
+    except PermissionError:
+        pass  # it lives, as another user
+    return f"process {text}"
 
 
 def hold_root(root: Directory) -> Lock:
@@ -135,37 +182,71 @@ def is_namespace(root: Directory, name: str) -> bool:
 
 def is_held(directory: Directory) -> bool:
     """Whether a live engine holds this namespace. Call with the root lock held, so that none can arrive meanwhile."""
+    return not _is_free(directory, LOCK)
+
+
+def _is_free(directory: Directory, name: str) -> bool:
+    """Whether nobody has a lock on the file `name` now; so too when there is none."""
     try:
-        fd = directory.open_file(LOCK, os.O_RDONLY)
+        fd = directory.open_file(name)
     except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
         return True
-    finally:
-        os.close(fd)
-    return False
+    with directory.located(name):
+        lock = Lock.try_descriptor(fd)
+    if lock is not None:
+        lock.release()
+    return lock is not None
+
+
+def wait_unused(directory: Directory, name: str, deadline: float) -> None:
+    """Wait until no worker has the slot file `name` attached; StoreError if one still has at `deadline`.
+
+    The namespace's lock does not tell: it is the scheduler's, and workers may take longer to die. Call with it held.
+    """
+    while not _is_free(directory, name):
+        if time.monotonic() >= deadline:
+            raise StoreError(
+                f"slot file {os.path.join(directory.path, name)} is still in use by a worker of an engine that ended: "
+                "stop that worker or wait for its end"
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 _OWN_FILES = re.compile(r"(manifest\.json|lock|index\.journal|rank\d+of\d+\.slots)(\.tmp)?")
 
 
-def clean(root: Directory, keep: str) -> None:
-    """Remove every namespace but `keep` that no engine holds. Call with the root lock held."""
+def obsolete(root: Directory, keep: str) -> frozenset[str]:
+    """The namespaces but `keep` that no engine holds and that `clean` can remove. Call with the root lock held."""
+    found = set()
     for name in root.names():
         if name == keep or not is_namespace(root, name):
             continue
         try:
             with root.child(name) as directory:
-                if is_held(directory):
-                    continue
+                foreign = [file for file in directory.names() if not _OWN_FILES.fullmatch(file)]
+                if foreign:
+                    logger.warning("obsolete namespace %s stays: %s in it is not kvoffload's", directory.path, foreign[0])
+                elif not is_held(directory):
+                    found.add(name)
+        except (OSError, StoreError) as error:
+            logger.warning("obsolete namespace %s stays: %s", os.path.join(root.path, name), error)
+    return frozenset(found)
+
+
+def clean(root: Directory, names: Iterable[str]) -> bool:
+    """Remove the namespaces `names`; False if one is left. Call with the root lock held since `obsolete` named them."""
+    is_clean = True
+    for name in sorted(names):
+        path = os.path.join(root.path, name)
+        try:
+            with root.child(name) as directory:
                 remove(root, directory)
         except (OSError, StoreError) as error:
-            # One that can not be removed keeps counting against the cap; that is no reason not to serve.
-            logger.warning("obsolete namespace %s was not removed: %s", os.path.join(root.path, name), error)
+            logger.warning("obsolete namespace %s was not removed: %s", path, error)
+            is_clean = False
         else:
-            logger.info("removed obsolete namespace %s", os.path.join(root.path, name))
+            logger.info("removed obsolete namespace %s", path)
+    return is_clean
 
 
 def remove(root: Directory, directory: Directory) -> None:
@@ -202,6 +283,8 @@ class Manifest:
                     f"{path} has format {version}, newer than {FORMAT_VERSION}, the newest this kvoffload reads: "
                     f"use the newer kvoffload, or {REMEDY}"
                 )
+            if not 0 <= int(found["slot_count"]) < NO_SLOT:
+                raise ValueError("slot_count")
             return cls(
                 path_index=int(found["path_index"]),
                 paths=tuple(str(each) for each in found["paths"]),
@@ -211,7 +294,8 @@ class Manifest:
             )
         except StoreError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            # The last two: a number of Infinity, and brackets nested by the thousand.
             raise StoreError(f"{path} is damaged ({error!r}): {REMEDY}") from None
 
     def write(self, directory: Directory, identity: Identity) -> None:

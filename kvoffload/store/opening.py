@@ -3,14 +3,15 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..errors import StoreError
 from ..layout import SUPERBLOCK_BYTES
 from . import capacity, journal, namespace, slotfile
-from .directory import Directory, explain
+from .directory import TEMPORARY_SUFFIX, Directory, explain
 from .journal import Index
 from .namespace import Identity, Lock, Manifest
 from .slotfile import REMEDY, Growth, Superblock
@@ -55,14 +56,11 @@ class _Found:
 def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int, sharers: int) -> Opened:
     """Hold, check and prepare the namespace; StoreError if that is impossible, and then nothing has been lost."""
     with contextlib.ExitStack() as meanwhile, contextlib.ExitStack() as on_failure:
-        roots = [_open_root(path, meanwhile) for path in config.nvme_path]
-        _refuse_aliases(roots)
+        roots = _open_roots(config.nvme_path, meanwhile)
         # In one order for every engine, so that two that list the same paths differently can not deadlock.
         for root in sorted(roots, key=lambda root: root.path):
             with _explained(root.path):
                 meanwhile.callback(namespace.hold_root(root).release)
-                if config.clean_obsolete_kv_cache:
-                    namespace.clean(root, keep=identity.namespace)
         directories, locks = [], []
         for root in roots:
             with _explained(root.path):
@@ -73,8 +71,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
         with _explained(places[0].directory.path):
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
-            uses = [capacity.measure(root, identity.namespace) for root in roots]
-            slot_count = capacity.decide_slots(config.ssd_bytes, uses, geometry, sharers)
+            slot_count = _decide_and_clean(config, roots, identity, geometry, sharers)
             dropped = found.index.drop_slots_from(slot_count)
             if dropped:
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
@@ -99,11 +96,20 @@ def _explained(path: str) -> Iterator[None]:
         raise explain(path, error) from error
 
 
-def _open_root(path: str, meanwhile: contextlib.ExitStack) -> Directory:
-    with _explained(path), Directory.open(path) as parent:
-        root = parent.child(namespace.ROOT, create=True)
-        meanwhile.callback(root.close)
-        return root
+def _open_roots(paths: Sequence[str], meanwhile: contextlib.ExitStack) -> list[Directory]:
+    """Our directory below every path, made where it is missing, but only when every path may be used."""
+    with contextlib.ExitStack() as parents:
+        opened = []
+        for path in paths:
+            with _explained(path):
+                opened.append(parents.enter_context(Directory.open(path)))
+        _refuse_aliases(opened)
+        roots = []
+        for parent in opened:
+            with _explained(parent.path):
+                roots.append(meanwhile.enter_context(parent.child(namespace.ROOT, create=True)))
+    _refuse_aliases(roots)
+    return roots
 
 
 def _refuse_aliases(roots: Sequence[Directory]) -> None:
@@ -135,6 +141,30 @@ def _discard(root: Directory, directory: Directory) -> None:
         namespace.remove(root, directory)
     except OSError as error:
         logger.warning("%s was made and could not be removed again: %s", directory.path, error.strerror)
+
+
+def _decide_and_clean(
+    config: Config, roots: Sequence[Directory], identity: Identity, geometry: capacity.Geometry, sharers: int
+) -> int:
+    """How many slots there shall be. What is obsolete is removed, if that is wanted, once nothing else speaks against
+    starting: an engine that refuses to start must not have destroyed anything.
+    """
+
+    def decide(obsolete: Sequence[Set[str]]) -> int:
+        uses = []
+        for root, names in zip(roots, obsolete, strict=True):
+            with _explained(root.path):
+                uses.append(capacity.measure(root, identity.namespace, names))
+        return capacity.decide_slots(config.ssd_bytes, uses, geometry, sharers)
+
+    nothing: list[Set[str]] = [frozenset()] * len(roots)
+    if not config.clean_obsolete_kv_cache:
+        return decide(nothing)
+    obsolete = [namespace.obsolete(root, keep=identity.namespace) for root in roots]
+    slot_count = decide(obsolete)
+    are_clean = [namespace.clean(root, names) for root, names in zip(roots, obsolete, strict=True)]
+    # What could not be removed counts against the cap after all; that alone is no reason not to serve.
+    return slot_count if all(are_clean) else decide(nothing)
 
 
 def _places(directories: Sequence[Directory], identity: Identity, payload_bytes: int, ranks: int) -> tuple[Place, ...]:
@@ -175,7 +205,8 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
         for index, place in enumerate(places)
         for rank, superblock in enumerate(place.superblocks)
     }
-    recovered = journal.load(places[0].directory, identity.fingerprint)
+    slots_before = manifests[0].slot_count if manifests[0] else 0
+    recovered = journal.load(places[0].directory, identity.fingerprint, slots_before)
     if recovered is None:
         if any(size is not None and size > SUPERBLOCK_BYTES for size in sizes.values()):
             logger.warning("%s has no journal: starting with an empty cache", places[0].directory.path)
@@ -188,9 +219,10 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
             needed = SUPERBLOCK_BYTES if highest is None else superblock.file_bytes(highest + 1)
             size = sizes[path_index, rank]
             if highest is not None and (size is None or size < needed):
+                state = "missing (" if size is None else f"truncated ({size} bytes, "
                 raise StoreError(
-                    f"slot file {os.path.join(place.directory.path, superblock.file_name)} is truncated "
-                    f"({size or 0} bytes, the journal knows of blocks up to byte {needed}): {REMEDY}"
+                    f"slot file {os.path.join(place.directory.path, superblock.file_name)} is {state}"
+                    f"the journal knows of blocks up to byte {needed}): {REMEDY}"
                 )
     absent = frozenset(file for file, size in sizes.items() if size is None)
     return _Found(index_found, epoch, absent, created)
@@ -206,6 +238,15 @@ def _check_manifest(directory: Directory, path_index: int, path_count: int) -> M
     return manifest
 
 
+def _wait_for_workers(places: Sequence[Place], found: _Found, slot_count: int) -> None:
+    """Let workers of an engine that just died end before a file that they may still write is shortened or replaced."""
+    deadline = time.monotonic() + namespace.SLOT_FILE_LOCK_SECONDS
+    for path_index, place in enumerate(places):
+        for rank, superblock in enumerate(place.superblocks):
+            if (path_index, rank) in found.absent or slotfile.is_longer(place.directory, superblock, slot_count):
+                namespace.wait_unused(place.directory, superblock.file_name, deadline)
+
+
 def _prepare(
     places: Sequence[Place],
     paths: Sequence[str],
@@ -216,18 +257,21 @@ def _prepare(
     on_failure: contextlib.ExitStack,
 ) -> JournalWriter:
     """Bring the files to where `found` and `slot_count` say. A kill between any two steps leaves a usable namespace."""
-    if found.absent:
-        if not found.index:
-            # A journal of the old files must not be found beside new ones.
-            places[0].directory.remove(journal.NAME)
-        for path_index, rank in sorted(found.absent):
-            slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
+    _wait_for_workers(places, found, slot_count)
     for path_index, place in enumerate(places):
-        reserved = geometry.path_bytes(path_index, slot_count)
-        Manifest(path_index, tuple(paths), slot_count, reserved, found.created).write(place.directory, identity)
+        if path_index > 0 or (found.absent and not found.index):
+            # A journal of other files, or of another order of paths, must not be found beside new ones.
+            for name in (journal.NAME, journal.NAME + TEMPORARY_SUFFIX):
+                place.directory.remove(name)
+    for path_index, rank in sorted(found.absent):
+        slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
     growth = Growth((place.directory, superblock) for place in places for superblock in place.superblocks)
     writer = JournalWriter(places[0].directory, found.index, slot_count, found.epoch + 1, identity.fingerprint, growth.sync)
     on_failure.callback(writer.close, CLOSE_SECONDS)
+    # Only now: a manifest of fewer slots beside the old, longer journal would make that one look overgrown.
+    for path_index, place in enumerate(places):
+        reserved = geometry.path_bytes(path_index, slot_count)
+        Manifest(path_index, tuple(paths), slot_count, reserved, found.created).write(place.directory, identity)
     # Only now: the old journal may have known of blocks beyond the new end.
     for place in places:
         for superblock in place.superblocks:

@@ -69,10 +69,9 @@ def check(directory: Directory, superblock: Superblock) -> int | None:
         fd = directory.open_file(superblock.file_name, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    with os.fdopen(fd, "rb") as file:
+    with directory.located(superblock.file_name) as path, os.fdopen(fd, "rb") as file:
         found = file.read(SUPERBLOCK_BYTES)
         size = os.fstat(fd).st_size
-    path = os.path.join(directory.path, superblock.file_name)
     if len(found) < SUPERBLOCK_BYTES:
         raise StoreError(f"slot file {path} is truncated ({size} bytes, its superblock has {SUPERBLOCK_BYTES}): {REMEDY}")
     fields = _FIELDS.unpack_from(found)
@@ -94,14 +93,19 @@ def check(directory: Directory, superblock: Superblock) -> int | None:
     return size
 
 
+def is_longer(directory: Directory, superblock: Superblock, slot_count: int) -> bool:
+    """Whether the slot file, which exists, has room for slots beyond `slot_count`."""
+    with directory.located(superblock.file_name):
+        found = os.stat(superblock.file_name, dir_fd=directory.fd, follow_symlinks=False)
+    return found.st_size > superblock.file_bytes(slot_count)
+
+
 def shorten(directory: Directory, superblock: Superblock, slot_count: int) -> None:
     """Give back the space of slots beyond `slot_count`."""
-    fd = directory.open_file(superblock.file_name)
-    try:
-        if os.fstat(fd).st_size > superblock.file_bytes(slot_count):
+    if is_longer(directory, superblock, slot_count):
+        fd = directory.open_file(superblock.file_name)
+        with directory.located(superblock.file_name), os.fdopen(fd, "r+b"):
             os.ftruncate(fd, superblock.file_bytes(slot_count))
-    finally:
-        os.close(fd)
 
 
 class Growth:
@@ -117,11 +121,12 @@ class Growth:
     def sync(self) -> None:
         """Sync the files that grew since the last call; OSError if one is gone or the disk fails."""
         for (directory, name), synced in self._synced.items():
-            size = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_size
-            if size != synced:
-                fd = directory.open_file(name, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                self._synced[directory, name] = size
+            with directory.located(name):
+                size = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_size
+                if size != synced:
+                    fd = directory.open_file(name, os.O_RDONLY)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+                    self._synced[directory, name] = size

@@ -7,10 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from ..errors import StoreError
 from ..types import KEY_BYTES_MAX
 from . import journal
 from .directory import Directory, write_all
-from .journal import Entry, Index, Record
+from .journal import Entry, Index, Kind, Record
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ QUEUE_RECORDS = 1 << 17
 _GATHER_SECONDS = 0.05  # changes that arrive within this time share a write
 _SYNC_SECONDS = 3.0
 _RETRY_SECONDS = 30.0  # after the disk failed
+# What bringing the index to disk can raise: the disk, something else in a file's place, and no memory to encode it in.
+_FAILURES = (OSError, StoreError, MemoryError)
 
 
 class JournalWriter:
@@ -37,9 +40,10 @@ class JournalWriter:
         fingerprint: bytes,
         before_sync: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes the compacted journal at once (OSError if that fails), then starts the thread.
+        """Writes the compacted journal at once (OSError or StoreError if that fails), then starts the thread.
 
-        `before_sync` runs in the thread before the journal is synced; an OSError from it counts as the disk's failure.
+        `before_sync` runs before the journal is synced, as a whole or at its end; what it raises of these two counts as
+        the disk's failure.
         """
         self._directory = directory
         self._index = index
@@ -145,7 +149,7 @@ class JournalWriter:
                 continue
             try:
                 self._append(batch)
-            except OSError as error:
+            except _FAILURES as error:
                 self._dropped += len(batch)
                 self._fail(error)
 
@@ -159,14 +163,17 @@ class JournalWriter:
     def _is_sound(self, record: Record) -> bool:
         """Whether the format can hold it; a mistake of the caller must not end the thread."""
         return (
-            len(record.key) <= KEY_BYTES_MAX
+            isinstance(record.key, bytes)
+            and len(record.key) <= KEY_BYTES_MAX
             and 0 <= record.slot < self._slot_count
             and 0 <= record.generation < 1 << 64
             and 0 <= record.group < 1 << 16
         )
 
     def _append(self, batch: list[Record]) -> None:
-        if self._size + len(batch) * journal.RECORD_BYTES > self._limit:
+        # A CLEAR is never appended: of all changes it alone must not be lost to a damaged record.
+        is_cleared = any(record.kind == Kind.CLEAR for record in batch)
+        if is_cleared or self._size + len(batch) * journal.RECORD_BYTES > self._limit:
             self._compact()
             return
         for chunk in journal.encode_records(batch, self._sequence):
@@ -176,6 +183,7 @@ class JournalWriter:
 
     def _compact(self) -> None:
         """Put a journal in place that says what the index says; the old one stays whole until then."""
+        self._before_sync()  # it becomes durable at once, and must not know more blocks than the slot files hold
         records = journal.encode_records(self._index.puts(), 1)
         fd = self._directory.replace(journal.NAME, (chunk for part in ([self._header], records) for chunk in part))
         if self._fd >= 0:
@@ -190,19 +198,19 @@ class JournalWriter:
             try:
                 self._before_sync()
                 os.fdatasync(self._fd)
-            except OSError as error:
+            except _FAILURES as error:
                 self._fail(error)
         self._synced_at = time.monotonic()
         with self._changed:
             self._durable = self._taken
             self._changed.notify_all()
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         """After a failed write the file may end in half a record, so nothing is appended until it was rewritten."""
         logger.warning(
             "the journal %s cannot be written (%s): blocks stored on SSD from now on may be forgotten at restart",
             os.path.join(self._directory.path, journal.NAME),
-            error.strerror,
+            error,
         )
         self._failed_at = time.monotonic()
 
@@ -210,7 +218,7 @@ class JournalWriter:
         """Rewrite the journal from the index, which followed every change that was not written."""
         try:
             self._compact()
-        except OSError:
+        except _FAILURES:
             self._failed_at = time.monotonic()
             return
         self._failed_at = None

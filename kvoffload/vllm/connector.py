@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.platforms import current_platform
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from kvoffload.errors import ConfigError
@@ -47,13 +48,24 @@ def adopt(config: "VllmConfig") -> None:
     transfer.kv_load_failure_policy = "recompute"
 
 
+def refuse_unsupported(config: "VllmConfig") -> None:
+    """ConfigError for deployments that would otherwise fail, or worse, later."""
+    if config.parallel_config.pipeline_parallel_size > 1:
+        # Stages may differ in layers, so in the size of a block, and the scheduler sees one stage only.
+        raise ConfigError("kvoffload does not support pipeline parallelism: use tensor parallelism instead")
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            f"kvoffload cannot copy KV blocks from {current_platform.device_type} memory yet, only from vLLM's CPU "
+            "platform: set disable_kv_cache=true"
+        )
+
+
 class KVOffloadConnector(OffloadingConnector):
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"):
         adopt(vllm_config)
         settings = user_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        if settings.enabled and vllm_config.parallel_config.pipeline_parallel_size > 1:
-            # Stages may differ in layers, so in the size of a block, and the scheduler sees one stage only.
-            raise ConfigError("kvoffload does not support pipeline parallelism: use tensor parallelism instead")
+        if settings.enabled:
+            refuse_unsupported(vllm_config)
         if settings.disable_gpu_reuse and settings.enabled:
             # vLLM's scheduler makes its KV-cache manager after the connector: no prefix hits in GPU memory then.
             vllm_config.cache_config.enable_prefix_caching = False

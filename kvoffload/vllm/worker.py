@@ -4,7 +4,6 @@ import errno
 import logging
 
 import numpy as np
-from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -39,13 +38,6 @@ def open_worker(
     return WorkerAdapter(Worker(engine, parallel.rank, group_bytes), engine)
 
 
-def _stream() -> int:
-    """The CUDA stream vLLM computes in, which copies must be ordered after; 0 where there is none."""
-    if not current_platform.is_cuda_alike():
-        return 0
-    return current_platform.current_stream().cuda_stream
-
-
 def _block_list(slots: SlotSpec, blocks: GPULoadStoreSpec) -> BlockList:
     """Pairs slots with KV blocks: both are in group order, one block per key."""
     groups = np.repeat(np.arange(len(blocks.group_sizes), dtype=np.uint16), blocks.group_sizes)
@@ -75,7 +67,7 @@ class WorkerAdapter(OffloadingWorker):
         if len(src_spec.block_ids) != len(dst_spec.keys):
             self._refuse(job_id, dst_spec, len(src_spec.block_ids))
         else:
-            self._worker.store(job_id, _block_list(dst_spec, src_spec), _stream())
+            self._worker.store(job_id, _block_list(dst_spec, src_spec))
         return True
 
     def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
@@ -83,7 +75,7 @@ class WorkerAdapter(OffloadingWorker):
         if len(dst_spec.block_ids) != len(src_spec.keys):
             self._refuse(job_id, src_spec, len(dst_spec.block_ids))
         else:
-            self._worker.load(job_id, _block_list(src_spec, dst_spec), _stream())
+            self._worker.load(job_id, _block_list(src_spec, dst_spec))
         return True
 
     def _refuse(self, job_id: int, slots: SlotSpec, blocks: int) -> None:
