@@ -9,7 +9,7 @@ HEADER_BYTES = 4096  # before a slot's payload
 SUPERBLOCK_BYTES = 4096  # before a slot file's first slot
 JOURNAL_BYTES_PER_SLOT = 512  # the journal is compacted before it outgrows this
 NAMESPACE_BYTES = 256 * 1024  # directories, manifest, lock and the smallest journal
-METADATA_SHARE = 200  # one part of so many: a file system's own blocks of a slot file, which count as the file's
+METADATA_SHARE, METADATA_BYTES_MIN = 200, 64  # of a slot: one part of so many, and no less, for the file system
 SLOTS_MIN = 8  # a tier of fewer blocks than this is of no use
 
 ARENA_PAGE = 2 * 2**20  # arenas are mapped in huge pages
@@ -36,11 +36,11 @@ def spare_slots(payload_bytes: int) -> int:
 def ssd_slot_bytes(payload_bytes: int) -> int:
     """What one slot of a slot file costs on SSD, the file system's record of where it lies included.
 
-    ext4 spends 12 bytes on every extent, twice that when its blocks are half full. Where free space is in pieces, each
-    slot is an extent, and the smallest slot has 8 KiB.
+    That record counts as the file's. ext4 has 12 bytes for every extent, in blocks that may be three quarters empty when
+    slots are not first written in their order, and where free space is in pieces every slot is an extent or more.
     """
     size = slot_bytes(payload_bytes)
-    return size + math.ceil(size / METADATA_SHARE)
+    return size + max(METADATA_BYTES_MIN, math.ceil(size / METADATA_SHARE))
 
 
 def ssd_slots(cap_bytes: int, payload_bytes: int, ranks: int, paths: int) -> int:

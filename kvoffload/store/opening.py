@@ -71,7 +71,15 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
         with _explained(places[0].directory.path):
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
-            slot_count = _decide_and_clean(config, roots, identity, geometry, sharers)
+            obsolete = _obsolete(config, roots, identity)
+            slot_count = _decide_slots(config, roots, identity, geometry, sharers, obsolete)
+            _wait_for_workers(places, found, slot_count)
+            # Only now: an engine that refuses to start must not have removed anything.
+            are_clean = [namespace.clean(root, names) for root, names in zip(roots, obsolete, strict=True)]
+            if not all(are_clean):
+                # What is left counts against the cap after all; that alone is no reason not to serve.
+                slot_count = _decide_slots(config, roots, identity, geometry, sharers, [frozenset()] * len(roots))
+                _wait_for_workers(places, found, slot_count)
             dropped = found.index.drop_slots_from(slot_count)
             if dropped:
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
@@ -143,28 +151,28 @@ def _discard(root: Directory, directory: Directory) -> None:
         logger.warning("%s was made and could not be removed again: %s", directory.path, error.strerror)
 
 
-def _decide_and_clean(
-    config: Config, roots: Sequence[Directory], identity: Identity, geometry: capacity.Geometry, sharers: int
+def _obsolete(config: Config, roots: Sequence[Directory], identity: Identity) -> list[Set[str]]:
+    """By path, the namespaces to be removed."""
+    found: list[Set[str]] = []
+    for root in roots:
+        with _explained(root.path):
+            found.append(namespace.obsolete(root, identity.namespace) if config.clean_obsolete_kv_cache else frozenset())
+    return found
+
+
+def _decide_slots(
+    config: Config,
+    roots: Sequence[Directory],
+    identity: Identity,
+    geometry: capacity.Geometry,
+    sharers: int,
+    obsolete: Sequence[Set[str]],
 ) -> int:
-    """How many slots there shall be. What is obsolete is removed, if that is wanted, once nothing else speaks against
-    starting: an engine that refuses to start must not have destroyed anything.
-    """
-
-    def decide(obsolete: Sequence[Set[str]]) -> int:
-        uses = []
-        for root, names in zip(roots, obsolete, strict=True):
-            with _explained(root.path):
-                uses.append(capacity.measure(root, identity.namespace, names))
-        return capacity.decide_slots(config.ssd_bytes, uses, geometry, sharers)
-
-    nothing: list[Set[str]] = [frozenset()] * len(roots)
-    if not config.clean_obsolete_kv_cache:
-        return decide(nothing)
-    obsolete = [namespace.obsolete(root, keep=identity.namespace) for root in roots]
-    slot_count = decide(obsolete)
-    are_clean = [namespace.clean(root, names) for root, names in zip(roots, obsolete, strict=True)]
-    # What could not be removed counts against the cap after all; that alone is no reason not to serve.
-    return slot_count if all(are_clean) else decide(nothing)
+    uses = []
+    for root, names in zip(roots, obsolete, strict=True):
+        with _explained(root.path):
+            uses.append(capacity.measure(root, identity.namespace, names))
+    return capacity.decide_slots(config.ssd_bytes, uses, geometry, sharers)
 
 
 def _places(directories: Sequence[Directory], identity: Identity, payload_bytes: int, ranks: int) -> tuple[Place, ...]:
@@ -257,12 +265,14 @@ def _prepare(
     on_failure: contextlib.ExitStack,
 ) -> JournalWriter:
     """Bring the files to where `found` and `slot_count` say. A kill between any two steps leaves a usable namespace."""
-    _wait_for_workers(places, found, slot_count)
+    is_anew = bool(found.absent) and not found.index
     for path_index, place in enumerate(places):
-        if path_index > 0 or (found.absent and not found.index):
-            # A journal of other files, or of another order of paths, must not be found beside new ones.
-            for name in (journal.NAME, journal.NAME + TEMPORARY_SUFFIX):
-                place.directory.remove(name)
+        # A journal of other files, or of another order of the paths, must not be found beside new ones.
+        if is_anew or path_index > 0:
+            place.directory.remove(journal.NAME)
+            place.directory.remove(journal.NAME + TEMPORARY_SUFFIX)
+        if is_anew:
+            place.directory.remove(namespace.MANIFEST)  # it may tell of another order, too
     for path_index, rank in sorted(found.absent):
         slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
     growth = Growth((place.directory, superblock) for place in places for superblock in place.superblocks)

@@ -1,5 +1,6 @@
 """One cap for everything below kvoffload/, in physical bytes, whoever wrote it."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from kvoffload.errors import StoreError
-from kvoffload.layout import SLOTS_MIN, ssd_slots
-from kvoffload.store.capacity import Geometry, PathUse, decide_slots
+from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, SLOTS_MIN, slot_bytes, slot_offset, ssd_slots
+from kvoffload.store import namespace
+from kvoffload.store.capacity import Geometry, PathUse, decide_slots, measure
+from kvoffload.store.directory import Directory
 from tests.store.helpers import MB, PAYLOAD, namespace_of, open_store, slot_file, used_bytes, write_blocks
 
 HOLDER = """
@@ -130,11 +133,70 @@ def test_clean_removes_only_namespaces_that_nobody_holds(tmp_path: Path) -> None
     (crowded / "letter.txt").write_text("mine")
     with live_engine(tmp_path, 5, "live"), open_store(tmp_path, clean_obsolete_kv_cache=True) as store:
         left = {each.name for each in root.iterdir()}
-        held = {each.name for each in root.iterdir() if (each / "rank0of2.slots").exists()}
+        held = {each.name for each in root.iterdir() if (each / "rank0of2.slots").exists()} - {crowded.name}
         assert len(held) == 2 and Path(store.directory).name in held
         assert left == held | {".lock", "notes", "a" * 32, "b" * 32, crowded.name}
         assert (outside / "manifest.json").read_text() == "precious"
-        assert [each.name for each in crowded.iterdir()] == ["letter.txt"]
+        assert (crowded / "letter.txt").exists() and (crowded / "rank0of2.slots").exists()
+
+
+def test_a_start_that_is_refused_has_removed_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespace, "SLOT_FILE_LOCK_SECONDS", 0.1)
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(store.slot_count))
+        own = Path(store.directory)
+    with open_store(tmp_path, 40, model="old") as store:
+        old = Path(store.directory)
+    before = {each: each.stat() for each in old.iterdir() if each.name != "lock"}
+    with pytest.raises(StoreError, match="raise ssd_kv_offload_gb"):  # too small a cap
+        open_store(tmp_path, 1, clean_obsolete_kv_cache=True)
+    with open(own / "rank0of2.slots") as used, pytest.raises(StoreError, match="still in use"):  # a worker not yet dead
+        fcntl.flock(used, fcntl.LOCK_SH)
+        open_store(tmp_path, 10, clean_obsolete_kv_cache=True)
+    (own / "index.journal").write_bytes(b"x" * 100)
+    with pytest.raises(StoreError, match="damaged"):
+        open_store(tmp_path, clean_obsolete_kv_cache=True)
+    assert {each: each.stat() for each in old.iterdir() if each.name != "lock"} == before
+    open_store(tmp_path, clean_obsolete_kv_cache=True, resume_kv_cache=False).close()
+    assert not old.exists()
+
+
+def test_a_later_path_that_is_locked_saves_what_is_obsolete_on_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespace, "ROOT_LOCK_SECONDS", 0.1)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+        open_store(path, model="old").close()
+    old = namespace_of(paths[0])
+    with open(paths[1] / "kvoffload" / ".lock") as root, pytest.raises(StoreError, match="has been locked"):
+        fcntl.flock(root, fcntl.LOCK_EX)
+        open_store(paths, clean_obsolete_kv_cache=True)
+    assert (old / "manifest.json").exists()
+
+
+def test_what_is_obsolete_counts_as_free_and_what_cannot_be_removed_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_store(tmp_path, 10, model="old") as store:
+        write_blocks(store, range(store.slot_count))
+        held = used_bytes(Path(store.directory))
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as seam:
+        seam.setattr(namespace, "remove", fail)
+        with open_store(tmp_path, 20, clean_obsolete_kv_cache=True) as store:
+            assert store.slot_count == ssd_slots(20 * MB - held, PAYLOAD, 2, 1)
+    assert "was not removed" in caplog.text
+    with Directory.open(str(tmp_path)) as parent, parent.child("kvoffload") as root:
+        gone = namespace.obsolete(root, keep="")
+        assert len(gone) == 2
+        now, later = measure(root, "", frozenset()), measure(root, "", gone)
+    assert (now.others > held, later.others) == (True, 0)
+    assert later.free - now.free == pytest.approx(now.others, abs=MB)
+    with open_store(tmp_path, 20, clean_obsolete_kv_cache=True) as store:
+        assert store.slot_count == ssd_slots(20 * MB, PAYLOAD, 2, 1)
 
 
 def test_without_clean_nothing_of_others_is_removed(tmp_path: Path) -> None:
@@ -187,9 +249,10 @@ def test_automatic_takes_most_of_what_is_free_and_settles(tmp_path: Path) -> Non
 def test_less_free_than_the_cap_is_said_with_both_figures(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
     cap = 2 * found.f_blocks * found.f_frsize
-    with pytest.raises(StoreError, match="bytes free but ssd_kv_offload_gb needs") as caught:
+    with pytest.raises(StoreError, match=r"bytes free but ssd_kv_offload_gb \(\d+ bytes\) needs") as caught:
         open_store(tmp_path, cap / MB)
-    free, needed = figures(caught.value)
+    free, allowed, needed = (int(figure) for figure in re.findall(r"(\d+)(?= bytes| more)", str(caught.value)))
+    assert allowed == pytest.approx(cap, rel=1e-6)
     assert free == pytest.approx(found.f_bavail * found.f_frsize, rel=0.1)
     assert needed == pytest.approx(cap, rel=0.01)
 
@@ -235,6 +298,41 @@ def test_what_is_reserved_never_exceeds_the_budget(paths: int, ranks: int) -> No
         geometry = Geometry(payload, ranks, paths)
         for budget in (3 * MB, 50 * MB, 10**9 + 7):
             assert geometry.total_bytes(geometry.slots(budget)) <= budget or geometry.slots(budget) == 0
+
+
+def test_every_path_holds_a_block() -> None:
+    geometry = Geometry(4096, 1, 20)
+    uses = [use(f"/{number}", number) for number in range(20)]
+    needed = geometry.total_bytes(20)
+    assert decide_slots(needed + 20, uses, geometry) == 20
+    with pytest.raises(StoreError, match=f"cache of 20 blocks needs {needed}:"):
+        decide_slots(needed - 20, uses, geometry)
+
+
+def test_what_the_file_system_needs_for_a_file_in_many_pieces_is_reserved(tmp_path: Path) -> None:
+    geometry, slots = Geometry(4096, 1, 1), 3000
+    files = [os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in "ab"]
+    order = [*range(1, slots, 2), *range(0, slots, 2)]
+    for number in order:  # two files that grow by turns and not from the front: every slot is a piece
+        for fd in files:
+            os.posix_fallocate(fd, slot_offset(number, 4096), slot_bytes(4096))
+    share = (geometry.path_bytes(0, slots) - geometry.path_bytes(0, 0)) - slots * JOURNAL_BYTES_PER_SLOT
+    for fd in files:
+        assert os.fstat(fd).st_blocks * 512 <= share + 4096
+        os.close(fd)
+    assert share >= slots * slot_bytes(4096) * 1.005
+
+
+def test_a_live_engine_whose_reservation_is_unknown_is_not_started_beside(tmp_path: Path) -> None:
+    with live_engine(tmp_path, 5, "other"):
+        manifest = namespace_of(tmp_path) / "manifest.json"
+        whole = manifest.read_bytes()
+        for break_it in (lambda: manifest.write_text("{"), manifest.unlink):
+            break_it()
+            with pytest.raises(StoreError, match=f"{manifest.parent} is in use by process .* stop it"):
+                open_store(tmp_path)
+        manifest.write_bytes(whole)
+        open_store(tmp_path).close()
 
 
 def test_a_truncated_file_of_another_namespace_does_not_matter(tmp_path: Path) -> None:
