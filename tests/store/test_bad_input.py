@@ -178,7 +178,7 @@ def test_a_slot_file_cut_below_what_the_journal_knows(filled: Path) -> None:
 
 def test_a_slot_file_that_is_gone(filled: Path) -> None:
     slot_file(filled).unlink()
-    assert_refused_and_curable(filled, r"slot file .*rank0of2.slots is truncated \(0 bytes")
+    assert_refused_and_curable(filled, r"slot file .*rank0of2.slots is missing \(the journal knows of blocks up to byte \d+\)")
 
 
 def test_a_slot_file_cut_beyond_what_the_journal_knows_is_fine(filled: Path) -> None:
@@ -248,10 +248,33 @@ def test_a_journal_of_another_namespace(filled: Path) -> None:
     assert_refused_and_curable(filled, r"journal .*index.journal belongs to another namespace")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1}', '{"format_version": "x"}', "\0\xff"])
+UNREADABLE = [
+    "",
+    "{",
+    "[]",
+    "null",
+    '{"format_version": 1}',
+    '{"format_version": "x"}',
+    "\0\xff",
+    "[" * 100_000,
+    '{"format_version": Infinity}',
+    '{"format_version": 1, "path_index": 0, "paths": ["/a"], "slot_count": 4294967295, "reserved_bytes": 0, "created": ""}',
+]
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_an_unreadable_manifest(filled: Path, text: str) -> None:
     (namespace_of(filled) / "manifest.json").write_text(text, encoding="latin-1")
     assert_refused_and_curable(filled, r"manifest.json is damaged")
+
+
+def test_a_manifest_of_paths_that_cannot_be_encoded_is_no_matter(filled: Path) -> None:
+    path = namespace_of(filled) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"paths": ["\ud800"], "created": "\ud800"}))
+    with open_store(filled) as store:
+        assert len(store.entries()) == 6
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"path_index": 1, "paths": ["\ud800"]}))
+    assert "list the paths as they were" in refusal(filled).encode().decode()
 
 
 def test_a_manifest_of_a_newer_format(filled: Path) -> None:
@@ -299,7 +322,70 @@ def test_the_message_of_an_operating_system_error_names_the_file(filled: Path, m
         seam.setattr("kvoffload.store.directory.os.rename", fail)
         text = refusal(filled)
     assert text == (
-        f"{namespace_of(filled)}/manifest.json cannot be used (Input/output error): check the drive or name another nvme_path"
+        f"{namespace_of(filled)}/index.journal cannot be used (Input/output error): check the drive or name another nvme_path"
     )
     with open_store(filled) as store:
         assert len(store.entries()) == 6
+
+
+def test_an_error_below_the_second_path_names_the_file_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    with open_store(paths) as store:
+        write_blocks(store, range(store.slot_count))
+    file = str(slot_file(paths[1], rank=1))
+    real = os.ftruncate
+
+    def fail(fd: int, length: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == file:
+            raise OSError(5, "Input/output error")
+        real(fd, length)
+
+    with monkeypatch.context() as seam:
+        seam.setattr("kvoffload.store.slotfile.os.ftruncate", fail)
+        assert refusal(paths, megabytes=10).startswith(f"{file} cannot be used (Input/output error)")
+
+
+def test_a_file_that_cannot_be_opened_is_named(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def fail(name: str, *arguments: object, **options: object) -> int:
+        if name == "rank1of2.slots":
+            raise OSError(5, "Input/output error", name)
+        return real(name, *arguments, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as seam:
+        seam.setattr("kvoffload.store.directory.os.open", fail)
+        assert refusal(filled).startswith(f"{slot_file(filled, rank=1)} cannot be used")
+
+
+def test_a_journal_that_outgrew_its_slots_is_refused_unread(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = namespace_of(filled) / "index.journal"
+    os.truncate(journal, 1 << 40)  # a hole
+    with monkeypatch.context() as seam:
+        seam.setattr("kvoffload.store.journal.replay", lambda body: pytest.fail("it was read"))
+        text = refusal(filled)
+    assert re.search(r"index.journal is damaged \(\d+ bytes, but one of \d+ slots never exceeds \d+\)", text)
+    assert "resume_kv_cache=false" in text
+    open_store(filled, resume_kv_cache=False).close()
+
+
+def test_of_several_paths_none_is_touched_if_one_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    assert "does not exist" in refusal([tmp_path / "good", tmp_path / "missing"])
+    assert not any((tmp_path / "good").iterdir())
+
+
+def test_the_second_path_never_has_a_journal(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    with open_store(paths) as store:
+        write_blocks(store, range(6))
+    (namespace_of(paths[0]) / "index.journal.tmp").write_bytes(b"x")
+    open_store(paths[::-1], resume_kv_cache=False).close()
+    assert not list(namespace_of(paths[0]).glob("index.journal*"))
+    shutil.copy(namespace_of(paths[1]) / "index.journal", namespace_of(paths[0]))
+    open_store(paths[::-1]).close()
+    assert not list(namespace_of(paths[0]).glob("index.journal*"))

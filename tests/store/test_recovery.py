@@ -63,14 +63,14 @@ def generator(request: pytest.FixtureRequest) -> random.Random:
 def test_replay_follows_every_record(generator: random.Random) -> None:
     for count in (0, 1, 50, 2000):
         records = random_records(generator, count)
-        index, good = journal.replay(encode(records))
+        index, good, skipped = journal.replay(encode(records))
         assert index.entries() == states(records)[-1]
-        assert good == count * RECORD_BYTES
+        assert (good, skipped) == (count * RECORD_BYTES, 0)
 
 
 def test_an_index_told_in_puts_is_the_same_index(generator: random.Random) -> None:
-    index, _ = journal.replay(encode(random_records(generator, 500)))
-    again, _ = journal.replay(encode(list(index.puts())))
+    index, *_ = journal.replay(encode(random_records(generator, 500)))
+    again, *_ = journal.replay(encode(list(index.puts())))
     assert again.entries() == index.entries()
 
 
@@ -78,32 +78,54 @@ def test_a_tail_cut_at_any_byte_gives_the_records_before_it(generator: random.Ra
     records = random_records(generator, 60)
     body, history = encode(records), states(records)
     for length in range(len(body) + 1):
-        index, good = journal.replay(body[:length])
-        assert good == length // RECORD_BYTES * RECORD_BYTES
+        index, good, skipped = journal.replay(body[:length])
+        assert (good, skipped) == (length // RECORD_BYTES * RECORD_BYTES, 0)
         assert index.entries() == history[length // RECORD_BYTES]
 
 
-def test_a_flip_of_any_byte_gives_the_records_before_it(generator: random.Random) -> None:
+def test_a_flip_of_any_byte_costs_that_record_alone(generator: random.Random) -> None:
     records = random_records(generator, 40)
-    body, history = encode(records), states(records)
+    body = encode(records)
     for position in range(len(body)):
         damaged = bytearray(body)
         damaged[position] ^= generator.randrange(1, 256)
-        index, good = journal.replay(bytes(damaged))
-        assert good == position // RECORD_BYTES * RECORD_BYTES
-        assert index.entries() == history[position // RECORD_BYTES]
+        index, good, skipped = journal.replay(bytes(damaged))
+        bad = position // RECORD_BYTES
+        assert (good, skipped) == ((39 * RECORD_BYTES, 0) if bad == 39 else (40 * RECORD_BYTES, 1))
+        assert index.entries() == states(records[:bad] + records[bad + 1 :])[-1]
 
 
-def test_records_swapped_repeated_or_zeroed_end_the_journal(generator: random.Random) -> None:
+def test_a_tail_with_nothing_valid_in_it_ends_the_journal(generator: random.Random) -> None:
+    records = random_records(generator, 20)
+    history = states(records)
+    for tail in (bytes(100 * RECORD_BYTES), generator.randbytes(100 * RECORD_BYTES), encode(records)):
+        assert journal.replay(encode(records) + tail)[1:] == (20 * RECORD_BYTES, 0)
+        assert journal.replay(encode(records) + tail).index.entries() == history[-1]
+
+
+def test_a_damaged_page_in_the_middle_costs_the_records_in_it(generator: random.Random) -> None:
+    records = [Record(Kind.PUT, b"%d" % number, number, number) for number in range(1000)]
+    body = bytearray(encode(records))
+    body[4096:8192] = generator.randbytes(4096)
+    index, good, skipped = journal.replay(bytes(body))
+    first, last = 4096 // RECORD_BYTES, 8191 // RECORD_BYTES
+    assert (good, skipped) == (len(body), last - first + 1)
+    assert [entry.slot for entry in index.entries()] == [*range(first), *range(last + 1, 1000)]
+
+
+def test_records_swapped_or_zeroed_are_skipped_and_shifted_ones_end_the_journal(generator: random.Random) -> None:
     records = random_records(generator, 30)
     pieces = [encode(records)[at : at + RECORD_BYTES] for at in range(0, 30 * RECORD_BYTES, RECORD_BYTES)]
-    history = states(records)
-    at = generator.randrange(29)
+    at = generator.randrange(28)  # with two more behind it
     swapped = [*pieces[:at], pieces[at + 1], pieces[at], *pieces[at + 2 :]]
     repeated = [*pieces[: at + 1], *pieces[at:]]
     zeroed = [*pieces[:at], bytes(RECORD_BYTES), *pieces[at + 1 :]]
-    for pieces_found, good in ((swapped, at), (repeated, at + 1), (zeroed, at)):
-        assert journal.replay(b"".join(pieces_found))[0].entries() == history[good]
+    for found, left in (
+        (swapped, records[:at] + records[at + 2 :]),
+        (repeated, records[: at + 1]),
+        (zeroed, records[:at] + records[at + 1 :]),
+    ):
+        assert journal.replay(b"".join(found)).index.entries() == states(left)[-1]
 
 
 @pytest.mark.parametrize("extra", [b"\0" * 4096, b"x" * 71, b"x" * 1000])
@@ -138,7 +160,8 @@ def test_a_flipped_byte_anywhere_in_a_stores_journal_never_raises_anything_but_s
             assert path.read_bytes() == damaged  # nothing was destroyed
         else:
             with open_store(tmp_path) as store:
-                assert store.entries() == true[: (position - HEADER_BYTES) // RECORD_BYTES]
+                bad = (position - HEADER_BYTES) // RECORD_BYTES
+                assert store.entries() == true[:bad] + true[bad + 1 :]
 
 
 PUTTER = """

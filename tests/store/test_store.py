@@ -316,7 +316,7 @@ def test_compaction_at_run_time_keeps_order_and_content(tmp_path: Path) -> None:
     assert writer.flush(10)
     assert writer.compactions > 1
     assert writer.close(5)
-    found = journal.load(directory, b"f" * 16)
+    found = journal.load(directory, b"f" * 16, 8)
     assert found is not None and found[0].entries() == expected.entries()
     directory.close()
 

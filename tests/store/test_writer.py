@@ -1,0 +1,112 @@
+"""The journal's thread: what is durable when, and what it survives."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvoffload.errors import StoreError
+from kvoffload.store import journal, writer
+from kvoffload.store.directory import Directory
+from kvoffload.store.journal import Index, Kind, Record
+from kvoffload.store.writer import JournalWriter
+from tests.store.helpers import key, namespace_of, open_store, write_blocks
+
+FINGERPRINT = b"f" * 16
+PUT = Record(Kind.PUT, b"k", 0, 1, 0)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Directory]:
+    with Directory.open(str(tmp_path)) as opened:
+        yield opened
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files as they are synced, and of those that a synced file then replaces."""
+    events: list[str] = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def sync(fd: int) -> None:
+        events.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        real_sync(fd)
+
+    def rename(old: str, new: str, **options: Any) -> None:
+        events.append(f"rename {new}")
+        real_rename(old, new, **options)
+
+    monkeypatch.setattr("kvoffload.store.directory.os.fsync", sync)
+    monkeypatch.setattr("kvoffload.store.directory.os.rename", rename)
+    return events
+
+
+def test_slot_files_are_synced_before_a_compacted_journal_replaces_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(3))
+    with monkeypatch.context() as seam:
+        events = watch(seam)
+        with open_store(tmp_path) as store:  # compacts at once
+            before = events[: events.index("rename index.journal")]
+            assert {"sync rank0of2.slots", "sync rank1of2.slots"} <= set(before)
+            events.clear()
+            store._writer._limit = 0  # and now again, with slot files that grew
+            write_blocks(store, range(3, 6))
+            before = events[: events.index("rename index.journal")]
+            assert {"sync rank0of2.slots", "sync rank1of2.slots"} <= set(before)
+
+
+def test_clear_rewrites_the_journal_so_that_no_damage_can_hide_it(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(5))
+        store.clear()
+        store.put(key(9), 2, store.next_generation(), 0)
+        assert store.flush(5)
+        records = (namespace_of(tmp_path) / "index.journal").read_bytes()[journal.HEADER_BYTES :]
+        assert len(records) == journal.RECORD_BYTES
+        assert store.stats().compactions == 2
+
+
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), StoreError("x is not a regular file"), MemoryError()])
+@pytest.mark.parametrize("where", ["sync", "append", "compact"])
+def test_the_thread_survives_every_failure_and_catches_up(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch, failure: Exception, where: str
+) -> None:
+    broken = threading.Event()
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if broken.is_set():
+                raise failure
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.0)
+    before_sync = failing(lambda: None) if where == "sync" else lambda: None
+    if where == "append":
+        monkeypatch.setattr(writer, "write_all", failing(writer.write_all))
+    if where == "compact":
+        monkeypatch.setattr(directory, "replace", failing(directory.replace))
+    under_test = JournalWriter(directory, Index(), 8, 1, FINGERPRINT, before_sync)
+    broken.set()
+    for record in (Record(Kind.CLEAR), PUT, Record(Kind.TOUCH, b"k")):
+        under_test.push([record])
+        assert under_test.flush(5)
+    broken.clear()
+    assert under_test.flush(5)
+    assert under_test.close(5)
+    found = journal.load(directory, FINGERPRINT, 8)
+    assert found is not None and [entry.key for entry in found[0].entries()] == [b"k"]
+
+
+def test_a_key_that_is_no_bytes_is_dropped_and_counted(directory: Directory) -> None:
+    under_test = JournalWriter(directory, Index(), 8, 1, FINGERPRINT)
+    under_test.push([PUT._replace(key="text"), PUT])
+    assert under_test.flush(5)
+    assert under_test.dropped == 1
+    assert under_test.close(5)
