@@ -68,7 +68,7 @@ static int open_records(kvo_engine *e) {
 static int open_io(kvo_engine *e, char err[KVO_ERR_BYTES]) {
     uint32_t depth = e->options.io_depth;
     if (e->options.io_backend == KVO_IO_THREADS) snprintf(e->io_reason, sizeof e->io_reason, "as asked");
-    else e->io = kvo_io_uring_open(depth + KVO_FILES_MAX, e->kick_fd, e->io_reason, sizeof e->io_reason);
+    else e->io = kvo_io_uring_open(depth, e->kick_fd, e->io_reason, sizeof e->io_reason);
     if (e->io == NULL && e->options.io_backend == KVO_IO_URING)
         return fail(err, ENOTSUP, "io_uring cannot be used (%s); io_backend \"auto\" or \"threads\" can", e->io_reason);
     if (e->io == NULL) e->io = kvo_io_threads_open(depth, e->kick_fd);
@@ -101,6 +101,7 @@ static void close_parts(kvo_engine *e) {
     if (e->copy != NULL) kvo_copy_close(e->copy);
     if (e->left_behind) return; /* the kernel, or a thread in it, still uses the rest */
     if (e->io != NULL) e->io->close(e->io);
+    if (e->growers != NULL) e->growers->close(e->growers);
     for (uint32_t i = 0; i < e->file_count; i++) kvo_file_close(&e->files[i].file);
     kvo_slots_close(&e->slots);
     if (e->kick_fd >= 0) close(e->kick_fd);
@@ -140,11 +141,16 @@ int kvo_open(kvo_engine **engine, const kvo_options *options, char err[KVO_ERR_B
 }
 
 void kvo_close(kvo_engine *e) {
-    pthread_mutex_lock(&e->shared.lock);
-    e->shared.stop = true;
-    pthread_mutex_unlock(&e->shared.lock);
+    kvo_shared *shared = &e->shared;
+    pthread_mutex_lock(&shared->lock);
+    shared->stop = true;
     eventfd_write(e->kick_fd, 1);
-    pthread_join(e->pump, NULL);
+    while (!shared->drained) pthread_cond_wait(&shared->completed, &shared->lock);
+    pthread_mutex_unlock(&shared->lock);
+    /* The kernel ends a thread only after the last I/O that io_uring does in its name: with a drive that does not
+     * answer, a join would not return. */
+    if (e->left_behind) pthread_detach(e->pump);
+    else pthread_join(e->pump, NULL);
     close_parts(e);
 }
 
@@ -154,9 +160,10 @@ static int check_regions(const kvo_engine *e, const kvo_region *regions, const u
                          char err[KVO_ERR_BYTES]) {
     if (e->groups != 0) return fail(err, EINVAL, "the KV cache is bound already");
     if (groups == 0 || groups > UINT16_MAX) return fail(err, EINVAL, "%u groups, expected 1 .. 65535", groups);
+    for (uint32_t g = 0; g < groups; g++) /* all of them first: only if they ascend, all lie below the last */
+        if (first[g + 1] <= first[g]) return fail(err, EINVAL, "group %u has no regions", g);
     for (uint32_t g = 0; g < groups; g++) {
         uint64_t sum = 0;
-        if (first[g + 1] <= first[g]) return fail(err, EINVAL, "group %u has no regions", g);
         for (uint32_t i = first[g]; i < first[g + 1]; i++) {
             const kvo_region *region = &regions[i];
             if (region->base == 0 || region->bytes == 0 || region->bytes > e->options.payload_bytes)
@@ -190,6 +197,10 @@ int kvo_bind(kvo_engine *e, const kvo_region *regions, const uint32_t *first, ui
     return 0;
 }
 
+static void close_files(kvo_engine *e, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) kvo_file_close(&e->files[i].file);
+}
+
 int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t slot_count,
                const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]) {
     if (e->file_count != 0) return fail(err, EINVAL, "slot files are attached already");
@@ -203,11 +214,17 @@ int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t
         uint32_t slots = slot_count / count + (i < slot_count % count);
         int status = kvo_file_open(&e->files[i].file, paths[i], &expected, slots, err);
         if (status != 0) {
-            while (i-- > 0) kvo_file_close(&e->files[i].file);
+            close_files(e, i);
             return status;
         }
     }
+    e->growers = kvo_io_threads_open(count, e->kick_fd);
+    if (e->growers == NULL) {
+        close_files(e, count);
+        return fail(err, EAGAIN, "the threads that make slot files grow could not be started");
+    }
     e->file_count = count;
+    e->file_depth = e->io->depth > count ? e->io->depth / count : 1;
     pthread_mutex_lock(&e->shared.lock);
     e->shared.slot_count = slot_count;
     pthread_mutex_unlock(&e->shared.lock);
@@ -300,7 +317,7 @@ __attribute__((format(printf, 3, 4))) static size_t add_line(char *out, size_t b
 void kvo_describe(kvo_engine *e, char *out, size_t bytes) {
     const kvo_arena *arena = &e->slots.arena;
     size_t at = add_line(out, bytes, "io: %s (%s), depth %u\ncopy: host memory, 1 thread\n", e->io->name, e->io_reason,
-                         e->options.io_depth);
+                         e->io->depth);
     uint64_t huge = kvo_arena_huge_bytes(arena);
     pthread_mutex_lock(&e->shared.lock);
     e->shared.huge_bytes = huge;

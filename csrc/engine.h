@@ -69,17 +69,19 @@ typedef struct {
     uint64_t submitted;
 } kvo_submission;
 
-/* A slot file and its growth. */
+/* A slot file, what is in flight on it and its growth. */
 typedef struct {
     kvo_file file;
+    uint32_t reads, writes; /* in flight, abandoned ones included */
     kvo_io growth;
-    uint32_t growing_to; /* slots it will have room for; 0 while it does not grow */
+    uint32_t needed, wanted; /* slots it shall have room for, at least and at best; 0 while it does not grow */
+    uint32_t reached;        /* by the last growth */
 } kvo_store_file;
 
 /* What pump and callers share, under one lock that is held for copying only. */
 typedef struct {
     pthread_mutex_t lock;
-    pthread_cond_t completed;
+    pthread_cond_t completed; /* or drained */
     kvo_submission *submissions;
     kvo_completion *completions;
     kvo_ring submitted, done;
@@ -87,7 +89,8 @@ typedef struct {
     uint32_t slot_count;  /* SSD slots; 0 until files are attached */
     kvo_stats_t stats;
     uint64_t huge_bytes;
-    bool stop;
+    bool stop;    /* asks the pump to end */
+    bool drained; /* the pump did, and uses nothing of the engine any more */
 } kvo_shared;
 
 struct kvo_engine {
@@ -103,6 +106,8 @@ struct kvo_engine {
     uint32_t groups;
     kvo_store_file files[KVO_FILES_MAX];
     uint32_t file_count;
+    uint32_t file_depth; /* reads and writes in flight on one file, so that a stuck drive leaves places for others */
+    kvo_drives *growers; /* a thread for each file */
     uint8_t fingerprint[KVO_FINGERPRINT_BYTES];
 
     /* The pump's own. */

@@ -78,6 +78,9 @@ typedef struct {
 int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots,
                   char err[KVO_ERR_BYTES]);
 void kvo_file_close(kvo_file *file);
+/* Makes room for `wanted` slots, or for `needed` if the medium has no more, or for none. 0 with what was reached, or
+ * -errno. Blocks. The caller sets file->allocated when it takes the outcome in. */
+int kvo_file_grow(const kvo_file *file, uint32_t needed, uint32_t wanted, uint32_t *reached);
 
 /* Completes a slot in memory, payload in place, for being written as SSD slot `ssd_slot`. */
 void kvo_slot_seal(uint8_t *slot, const kvo_block *block, uint32_t ssd_slot, const uint8_t *fingerprint);

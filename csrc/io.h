@@ -9,21 +9,23 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum kvo_io_kind { KVO_IO_READ, KVO_IO_WRITE, KVO_IO_ALLOCATE };
+enum kvo_io_kind { KVO_IO_READ, KVO_IO_WRITE, KVO_IO_CALL };
 
 typedef struct kvo_io {
     enum kvo_io_kind kind;
     int fd;
-    uint8_t *buffer; /* NULL to allocate */
+    uint8_t *buffer;
     uint64_t bytes, offset;
     uint64_t done;  /* bytes transferred so far */
     int32_t result; /* when reaped: 0 or -errno; -ENODATA: the file ended before */
     void *owner;
+    int32_t (*call)(void *owner); /* of a KVO_IO_CALL, which only threads take: 0 or -errno, -EINTR to be called again */
     struct kvo_io *next;
 } kvo_io;
 
 typedef struct kvo_drives {
     const char *name;
+    uint32_t depth; /* requests it works on at once */
     /* Takes a request. At most as many are outstanding as were announced at opening. */
     void (*start)(struct kvo_drives *self, kvo_io *io);
     /* Hands started requests to the kernel. False: call again in a while, it is short of memory. */

@@ -1,8 +1,7 @@
-/* io_threads.c - the drives by pread, pwrite and fallocate on a pool of threads: for kernels, containers and sandboxes
- * that offer no io_uring. */
+/* io_threads.c - the drives by pread and pwrite on a pool of threads: for kernels, containers and sandboxes that offer
+ * no io_uring. Everywhere such a pool makes slot files grow, which takes several calls that may block. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -46,7 +45,7 @@ static kvo_io *take(io_list *list) {
 bool kvo_io_advance(kvo_io *io, int64_t outcome) {
     if (outcome == -EINTR || outcome == -EAGAIN) return false;
     io->result = outcome < 0 ? (int32_t)outcome : 0;
-    if (outcome < 0 || io->kind == KVO_IO_ALLOCATE) return true;
+    if (outcome < 0 || io->kind == KVO_IO_CALL) return true;
     io->done += (uint64_t)outcome;
     if (io->done >= io->bytes) return true;
     /* Direct I/O continues at aligned places only; less than that is the end of the file, or of the device. */
@@ -58,11 +57,11 @@ bool kvo_io_advance(kvo_io *io, int64_t outcome) {
 }
 
 static int64_t transfer(const kvo_io *io) {
+    if (io->kind == KVO_IO_CALL) return io->call(io->owner);
     int64_t outcome;
     off_t at = (off_t)(io->offset + io->done);
     if (io->kind == KVO_IO_READ) outcome = pread(io->fd, io->buffer + io->done, io->bytes - io->done, at);
-    else if (io->kind == KVO_IO_WRITE) outcome = pwrite(io->fd, io->buffer + io->done, io->bytes - io->done, at);
-    else outcome = fallocate(io->fd, 0, at, (off_t)io->bytes);
+    else outcome = pwrite(io->fd, io->buffer + io->done, io->bytes - io->done, at);
     return outcome < 0 ? -errno : outcome;
 }
 
@@ -136,6 +135,7 @@ kvo_drives *kvo_io_threads_open(uint32_t depth, int kick_fd) {
     while (pool->threads < wanted && pthread_create(&pool->thread[pool->threads], &small, work, pool) == 0)
         pool->threads++;
     pthread_attr_destroy(&small);
+    pool->face.depth = pool->threads;
     if (pool->threads == 0) {
         pool_close(&pool->face);
         return NULL;

@@ -41,8 +41,7 @@ static void prepare(uring *self) {
         uint64_t left = io->bytes - io->done, offset = io->offset + io->done;
         unsigned length = left < (1u << 30) ? (unsigned)left : 1u << 30; /* the kernel's counts are 32 bits wide */
         if (io->kind == KVO_IO_READ) io_uring_prep_read(sqe, io->fd, at, length, offset);
-        else if (io->kind == KVO_IO_WRITE) io_uring_prep_write(sqe, io->fd, at, length, offset);
-        else io_uring_prep_fallocate(sqe, io->fd, 0, (off_t)offset, (off_t)left);
+        else io_uring_prep_write(sqe, io->fd, at, length, offset);
         io_uring_sqe_set_data(sqe, io);
     }
 }
@@ -96,14 +95,13 @@ static int run_one(uring *self, kvo_io *io) {
     return io->result;
 }
 
-/* Allocates, writes and reads a page of a memory file: what a sandbox denies or a kernel lacks fails here. */
+/* Writes and reads a page of a memory file: what a sandbox denies or a kernel lacks fails here. */
 static int probe(uring *self) {
     int fd = memfd_create("kvoffload-probe", MFD_CLOEXEC);
     if (fd < 0) return -errno;
     uint8_t out[KVO_ALIGNMENT], in[KVO_ALIGNMENT] = {0};
     memset(out, 0x5a, sizeof out);
-    kvo_io steps[] = {{.kind = KVO_IO_ALLOCATE, .fd = fd, .bytes = sizeof out},
-                      {.kind = KVO_IO_WRITE, .fd = fd, .buffer = out, .bytes = sizeof out},
+    kvo_io steps[] = {{.kind = KVO_IO_WRITE, .fd = fd, .buffer = out, .bytes = sizeof out},
                       {.kind = KVO_IO_READ, .fd = fd, .buffer = in, .bytes = sizeof in}};
     int status = 0;
     for (unsigned i = 0; i < sizeof steps / sizeof *steps && status == 0; i++) status = run_one(self, &steps[i]);
@@ -114,8 +112,12 @@ static int probe(uring *self) {
 kvo_drives *kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, uint32_t reason_bytes) {
     uring *self = calloc(1, sizeof *self);
     if (self == NULL) return NULL;
-    self->face = (kvo_drives){
-        .name = "io_uring", .start = uring_start, .flush = uring_flush, .reap = uring_reap, .close = uring_close};
+    self->face = (kvo_drives){.name = "io_uring",
+                              .depth = depth,
+                              .start = uring_start,
+                              .flush = uring_flush,
+                              .reap = uring_reap,
+                              .close = uring_close};
     self->again_end = &self->again;
     int error = io_uring_queue_init(depth, &self->ring, 0);
     if (error != 0) {

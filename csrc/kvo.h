@@ -89,7 +89,7 @@ typedef struct {
     uint32_t dram_slots;
     uint32_t spare_slots; /* at least 1 */
     uint32_t max_ops;     /* operations accepted and not yet polled */
-    uint32_t io_depth;    /* reads and writes in the drives at once */
+    uint32_t io_depth;    /* reads and writes in the drives at once; on each of n slot files io_depth / n, at least 1 */
     int io_backend;       /* enum kvo_io_backend */
 } kvo_options;
 
@@ -111,8 +111,9 @@ int kvo_bind(kvo_engine *engine, const kvo_region *regions, const uint32_t *firs
              char err[KVO_ERR_BYTES]);
 
 /* Opens this rank's slot files (made by the store, superblock in place); slot s is slot s / count of file s % count.
- * Probes O_DIRECT on each by doing. Files grow by fallocate as slots are first written, never beyond slot_count slots.
- * Once. 0 or -errno with a sentence in err; the engine then still serves DRAM. */
+ * Probes O_DIRECT on each by doing. Files grow by fallocate as slots are first written, by whole slots, never beyond
+ * slot_count slots, and on the medium never beyond their bytes and 0.5 %. Each file is locked (flock, shared) until
+ * close, or until the kernel is done with it: who resizes it locks it exclusively first. Once. 0 or -errno with a sentence in err; the engine then still serves DRAM. */
 int kvo_attach(kvo_engine *engine, const char *const *paths, uint32_t count, uint32_t slot_count,
                const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]);
 
@@ -132,7 +133,8 @@ void kvo_stats(kvo_engine *engine, kvo_stats_t *out);
 /* What was found by probing, one finding a line ("io: io_uring", "files: O_DIRECT refused (EINVAL), buffered"). */
 void kvo_describe(kvo_engine *engine, char *out, size_t bytes);
 
-/* Stops the threads, completes nothing more, frees everything the kernel is not still working on. */
+/* Stops the threads, completes nothing more, frees everything the kernel is not still working on. Waits for drives for
+ * 2 s at most. */
 void kvo_close(kvo_engine *engine);
 
 #endif

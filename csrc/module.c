@@ -107,7 +107,7 @@ static PyObject *core_bind(CoreEngine *self, PyObject *arguments) {
     size_t entries = (size_t)first_view.len / sizeof *index, count = (size_t)region_view.len / sizeof(kvo_region);
     kvo_engine *engine = enter(self);
     if (engine != NULL) {
-        if (entries > 0 && index[0] == 0 && index[entries - 1] == count)
+        if (entries >= 2 && index[0] == 0 && index[entries - 1] == count)
             status = kvo_bind(engine, region_view.buf, index, (uint32_t)entries - 1, err);
         leave(self);
     }

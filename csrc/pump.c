@@ -47,6 +47,13 @@ static kvo_store_file *file_of(kvo_engine *e, const kvo_record *record) {
 
 static uint32_t index_of(const kvo_engine *e, const kvo_record *record) { return record->op.ssd_slot / e->file_count; }
 
+/* Counts an operation that begins (1) or ends (-1) to be in flight. */
+static void count_io(kvo_engine *e, const kvo_record *record, int change) {
+    kvo_store_file *files = file_of(e, record);
+    *(record->op.kind == KVO_READ ? &e->reads : &e->writes) += (uint32_t)change;
+    *(record->op.kind == KVO_READ ? &files->reads : &files->writes) += (uint32_t)change;
+}
+
 static void enqueue(kvo_engine *e, kvo_record *record) {
     list_add(&e->queued[record->op.kind], record);
     if (record->deadline < e->next_deadline) e->next_deadline = record->deadline;
@@ -154,25 +161,22 @@ static int32_t read_status(kvo_engine *e, kvo_record *record) {
 static void take_growth(kvo_engine *e, kvo_store_file *grown) {
     e->growths--;
     int32_t result = grown->growth.result;
-    if (result == -EOPNOTSUPP) result = 0; /* such a file system makes room when it is written to */
-    if (result == 0) grown->file.allocated = grown->growing_to;
-    grown->growing_to = 0;
+    uint32_t needed = grown->needed;
+    if (result == 0) grown->file.allocated = grown->reached;
+    grown->needed = grown->wanted = 0;
     if (result == 0) return;
     for (kvo_record *record = e->queued[KVO_WRITE].first, *next; record != NULL; record = next) {
         next = record->next;
-        if (file_of(e, record) == grown && index_of(e, record) >= grown->file.allocated)
+        if (file_of(e, record) == grown && index_of(e, record) + 1 >= needed) /* the ones before may fit */
             finish(e, &e->queued[KVO_WRITE], record, result);
     }
 }
 
 static void take_io(kvo_engine *e) {
+    for (kvo_io *io; e->growths > 0 && (io = e->growers->reap(e->growers)) != NULL;) take_growth(e, io->owner);
     for (kvo_io *io; e->summed < TURN_BYTES && (io = e->io->reap(e->io)) != NULL;) {
-        if (io->kind == KVO_IO_ALLOCATE) {
-            take_growth(e, io->owner);
-            continue;
-        }
         kvo_record *record = io->owner;
-        (*(record->op.kind == KVO_READ ? &e->reads : &e->writes))--;
+        count_io(e, record, -1);
         if (record->abandoned) {
             release_memory(e, record);
             move(&e->abandoned, &e->unused, record);
@@ -259,6 +263,7 @@ static void start_io(kvo_engine *e, kvo_record *record, enum kvo_io_kind kind) {
                           .offset = kvo_file_offset(file, index_of(e, record)),
                           .owner = record};
     move(&e->queued[record->op.kind], &e->running, record);
+    count_io(e, record, 1);
     e->io->start(e->io, &record->io);
 }
 
@@ -269,40 +274,68 @@ static bool is_haunted(const kvo_engine *e, uint32_t ssd_slot) {
     return false;
 }
 
+static bool is_full(const kvo_engine *e, const kvo_store_file *files) {
+    return files->reads + files->writes >= e->file_depth;
+}
+
+/* Writes in flight on one file at most. A write costs reads of the same drive only. */
+static uint32_t writes_at_most(const kvo_engine *e, const kvo_store_file *files) {
+    uint32_t most = e->file_depth / 2;
+    if (files->reads + e->queued[KVO_READ].count > 0 && most > WRITES_BESIDE_READS) most = WRITES_BESIDE_READS;
+    return most > 0 ? most : 1;
+}
+
+/* Notes a file that takes no more in this scan. True when none does, so that the scan can end. */
+static bool note_full(const kvo_engine *e, const kvo_store_file *files, uint64_t *full) {
+    _Static_assert(KVO_FILES_MAX <= 64, "a bit for each file");
+    *full |= 1ull << (files - e->files);
+    return (uint32_t)__builtin_popcountll(*full) == e->file_count;
+}
+
+/* Whether a staged read may take a spare slot. There are few; a stuck drive must not hold all of these either. */
+static bool has_spares_for(kvo_engine *e, const kvo_record *record) {
+    if (record->op.dram_slot != KVO_NO_SLOT || e->file_count == 1) return true;
+    uint32_t most = e->options.spare_slots / e->file_count;
+    return file_of(e, record)->reads < (most > 0 ? most : 1);
+}
+
 static void start_reads(kvo_engine *e) {
     kvo_list *queue = &e->queued[KVO_READ];
+    uint64_t full = 0;
     for (kvo_record *record = queue->first, *next; record != NULL; record = next) {
-        if (e->reads + e->writes >= e->options.io_depth) return;
+        if (e->reads + e->writes >= e->io->depth) return;
         next = record->next;
         if (record->op.ssd_slot >= e->slot_count) {
             finish(e, queue, record, -ENXIO);
         } else if (index_of(e, record) >= file_of(e, record)->file.allocated) {
             finish(e, queue, record, -EBADMSG);
-        } else if (!is_haunted(e, record->op.ssd_slot)) {
+        } else if (is_full(e, file_of(e, record))) {
+            if (note_full(e, file_of(e, record), &full)) return;
+        } else if (has_spares_for(e, record) && !is_haunted(e, record->op.ssd_slot)) {
             record->physical = kvo_slots_fill(&e->slots, record->op.dram_slot);
             if (record->physical == KVO_NO_SLOT) continue;
-            e->reads++;
             start_io(e, record, KVO_IO_READ);
         }
     }
 }
 
+static int32_t grow_file(void *owner) {
+    kvo_store_file *files = owner;
+    return kvo_file_grow(&files->file, files->needed, files->wanted, &files->reached);
+}
+
 /* Makes room in the file for slot `index` and the ones that will follow it. */
 static void grow(kvo_engine *e, kvo_store_file *files, uint32_t index) {
-    kvo_file *file = &files->file;
-    if (files->growing_to != 0) return;
+    const kvo_file *file = &files->file;
+    if (files->wanted != 0) return;
     uint64_t extent = KVO_EXTENT_BYTES / file->slot_bytes;
     if (extent < KVO_EXTENT_SLOTS) extent = KVO_EXTENT_SLOTS;
     uint64_t to = kvo_round_up((uint64_t)index + 1, extent);
-    files->growing_to = to < file->slots ? (uint32_t)to : file->slots;
-    uint64_t from = kvo_file_offset(file, file->allocated);
-    files->growth = (kvo_io){.kind = KVO_IO_ALLOCATE,
-                             .fd = file->fd,
-                             .bytes = kvo_file_offset(file, files->growing_to) - from,
-                             .offset = from,
-                             .owner = files};
+    files->needed = index + 1;
+    files->wanted = to < file->slots ? (uint32_t)to : file->slots;
+    files->growth = (kvo_io){.kind = KVO_IO_CALL, .fd = -1, .call = grow_file, .owner = files};
     e->growths++;
-    e->io->start(e->io, &files->growth);
+    e->growers->start(e->growers, &files->growth);
 }
 
 static void start_write(kvo_engine *e, kvo_record *record) {
@@ -315,22 +348,22 @@ static void start_write(kvo_engine *e, kvo_record *record) {
     }
     e->summed += block.bytes;
     kvo_slot_seal(kvo_slots_memory(&e->slots, record->physical), &block, record->op.ssd_slot, e->fingerprint);
-    e->writes++;
     start_io(e, record, KVO_IO_WRITE);
 }
 
 static void start_writes(kvo_engine *e) {
     kvo_list *queue = &e->queued[KVO_WRITE];
-    uint32_t most = e->options.io_depth / 2;
-    if (e->reads + e->queued[KVO_READ].count > 0 && most > WRITES_BESIDE_READS) most = WRITES_BESIDE_READS;
-    if (most == 0) most = 1;
+    uint64_t full = 0;
     for (kvo_record *record = queue->first, *next; record != NULL; record = next) {
-        if (e->writes >= most || e->reads + e->writes >= e->options.io_depth || e->summed >= TURN_BYTES) return;
+        if (e->reads + e->writes >= e->io->depth || e->summed >= TURN_BYTES) return;
         next = record->next;
         if (record->op.ssd_slot >= e->slot_count) {
             finish(e, queue, record, -ENXIO);
         } else if (index_of(e, record) >= file_of(e, record)->file.allocated) {
             grow(e, file_of(e, record), index_of(e, record));
+        } else if (is_full(e, file_of(e, record)) ||
+                   file_of(e, record)->writes >= writes_at_most(e, file_of(e, record))) {
+            if (note_full(e, file_of(e, record), &full)) return;
         } else if (!is_haunted(e, record->op.ssd_slot) &&
                    !e->slots.physical[e->slots.of_dram[record->op.dram_slot]].sealing) {
             start_write(e, record);
@@ -369,7 +402,7 @@ static void sleep_until_kicked(kvo_engine *e, uint64_t until, bool flushed) {
     eventfd_read(e->kick_fd, &kicks); /* non-blocking */
 }
 
-/* Lets what is in flight finish, for a while. */
+/* Lets what is in flight finish, for a while, and tells when that is over. */
 static void drain(kvo_engine *e) {
     uint64_t end = kvo_later(kvo_now_us(), CLOSE_PATIENCE_US);
     while (e->reads + e->writes + e->growths + e->copies > 0 && kvo_now_us() < end) {
@@ -380,6 +413,10 @@ static void drain(kvo_engine *e) {
         take_copies(e);
     }
     e->left_behind = e->reads + e->writes + e->growths > 0;
+    pthread_mutex_lock(&e->shared.lock);
+    e->shared.drained = true;
+    pthread_cond_broadcast(&e->shared.completed);
+    pthread_mutex_unlock(&e->shared.lock);
 }
 
 void *kvo_pump(void *engine) {

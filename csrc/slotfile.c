@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -148,6 +149,18 @@ static int check_and_probe(kvo_file *file, void *page, const kvo_expected *expec
     return 0;
 }
 
+/* Held while the file is open, even by an engine that left it to the kernel: who shortens or resets a file locks it
+ * exclusively first, so that no engine still writes slots which are gone for the others. */
+static int lock_file(const kvo_file *file, char err[KVO_ERR_BYTES]) {
+    if (flock(file->fd, LOCK_SH | LOCK_NB) == 0) return 0;
+    int error = errno;
+    if (error == EWOULDBLOCK)
+        return refuse(err, error, file->path, "found it locked: the file is being resized by another engine");
+    char what[160];
+    snprintf(what, sizeof what, "it cannot be locked against being resized (%s)", strerror(error));
+    return refuse(err, error, file->path, what);
+}
+
 int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots,
                   char err[KVO_ERR_BYTES]) {
     *file = (kvo_file){.fd = -1, .slots = slots};
@@ -161,6 +174,7 @@ int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected
             status = refuse(err, errno, path,
                             errno == ELOOP ? "found a symbolic link, expected a slot file" : strerror(errno));
     }
+    if (status == 0) status = lock_file(file, err);
     if (status == 0) status = check_and_probe(file, page, expected, err);
     free(page);
     if (status != 0) kvo_file_close(file);
@@ -171,4 +185,36 @@ void kvo_file_close(kvo_file *file) {
     if (file->fd >= 0) close(file->fd);
     free(file->path);
     *file = (kvo_file){.fd = -1};
+}
+
+/* ---- growing ---- */
+
+/* What the file system may charge to a file beyond its bytes: the blocks that list its extents. */
+static uint64_t space_at_most(const kvo_file *file) {
+    uint64_t bytes = kvo_file_offset(file, file->slots), listing = bytes / 200;
+    return bytes + (listing > KVO_ALIGNMENT ? listing : KVO_ALIGNMENT);
+}
+
+/* Gives the file room for `slots` slots, or leaves it as it was. */
+static int extend(const kvo_file *file, uint32_t slots) {
+    struct stat before, after;
+    if (fstat(file->fd, &before) != 0) return -errno;
+    off_t from = (off_t)kvo_file_offset(file, file->allocated), to = (off_t)kvo_file_offset(file, slots);
+    int error = fallocate(file->fd, 0, from, to - from) == 0 ? 0 : errno;
+    /* Such a file system makes room when it is written to, but a file is as long as its slots everywhere: one that
+     * ends within a slot would look truncated by somebody's hand. */
+    if (error == EOPNOTSUPP) error = before.st_size >= to || ftruncate(file->fd, to) == 0 ? 0 : errno;
+    if (error == 0 && fstat(file->fd, &after) != 0) error = errno;
+    /* In many fragments a file costs more than its bytes, and the caller's limit counts what it costs. */
+    if (error == 0 && (uint64_t)after.st_blocks * 512 > space_at_most(file)) error = ENOSPC;
+    if (error == 0 || error == EINTR) return -error; /* after a signal the next attempt goes on from here */
+    return ftruncate(file->fd, before.st_size) == 0 ? -error : -errno;
+}
+
+int kvo_file_grow(const kvo_file *file, uint32_t needed, uint32_t wanted, uint32_t *reached) {
+    *reached = wanted;
+    int status = extend(file, wanted);
+    if ((status != -ENOSPC && status != -EDQUOT) || needed >= wanted) return status;
+    *reached = needed;
+    return extend(file, needed);
 }

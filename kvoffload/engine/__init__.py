@@ -63,7 +63,7 @@ class Engine:
     def attach(self, files: SlotFiles) -> None:
         """Open this rank's slot files. Once; before it, operations on SSD slots complete with -ENXIO.
 
-        Raises StoreError with a sentence if a file is missing, damaged or of another kind; the engine then goes on
+        Raises StoreError with a sentence if a file is missing, damaged, of another kind or being resized; the engine then goes on
         without SSD.
         """
         paths = tuple(os.fsencode(path) for path in files.paths)

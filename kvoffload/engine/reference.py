@@ -7,6 +7,7 @@ pinning memory, so an operation that timed out can harm no one, and it makes no 
 import asyncio
 import ctypes
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -134,6 +135,10 @@ class ReferenceEngine:
                 except OSError as error:
                     raise StoreError(f"slot file {path}: {error.strerror}") from error
                 opened.append(await aiofiles.open(fd, "r+b", buffering=0))
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise StoreError(f"slot file {path}: the file is being resized by another engine") from error
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise StoreError(f"slot file {path}: found no regular file, expected a slot file")
                 payload_bytes = self.options.payload_bytes

@@ -3,6 +3,7 @@ slow_io.c preloaded: `python -m tests.engine.fault_scenarios <scenario> <folder>
 
 import ctypes
 import errno
+import os
 import random
 import sys
 import tempfile
@@ -13,12 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from kvoffload.engine import Engine
+from kvoffload.layout import slot_bytes, slot_offset
 from kvoffload.types import OP_DTYPE, OpKind
 from tests.engine.planner import Planner
 from tests.engine.world import (
     BADMSG,
     CANCELED,
     PATIENCE_S,
+    PAYLOAD_BYTES,
+    SSD_SLOTS,
     TIMEDOUT,
     KVCache,
     copy_in,
@@ -54,6 +58,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+def descriptors(engine: Engine) -> list[int]:
+    """Of the engine's slot files, in their order."""
+    paths = [line.removeprefix("file ").split(": ")[0] for line in engine.describe() if line.startswith("file ")]
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        if os.path.islink(f"/proc/self/fd/{name}"):
+            found[os.readlink(f"/proc/self/fd/{name}")] = int(name)
+    return [found[path] for path in paths]
 
 
 def stored(engine: Engine, block: int, dram: int, ssd: int) -> None:
@@ -112,10 +126,11 @@ def pair_ends_by_the_earlier_timeout(engine: Engine, _kv: KVCache, drive: Drive)
 
 
 def without_a_spare_loads_wait_and_then_time_out(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    stored(engine, 1, 0, 2)
     stored(engine, 1, 0, 3)
     drive.hold_reads = 1
     spares = engine.options.spare_slots
-    loads = [load(1, 3, 8 + n, id=n, timeout_us=TIMEOUT_US) for n in range(spares)]
+    loads = [load(1, 2 + n % 2, 8 + n, id=n, timeout_us=TIMEOUT_US) for n in range(spares)]
     assert set(run(engine, *loads).values()) == {TIMEDOUT, CANCELED}
     assert run(engine, load(1, 3, 8, timeout_us=TIMEOUT_US)) == {1: TIMEDOUT, 1001: CANCELED}
     assert engine.stats()["abandoned"] == spares, "the last one never started"
@@ -169,6 +184,52 @@ def file_system_without_fallocate_is_written_to_all_the_same(engine: Engine, _kv
     assert run_one(engine, read(1, 1, 19)) == BADMSG
 
 
+def file_system_without_fallocate_holds_whole_slots(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    drive.fail_allocations = errno.EOPNOTSUPP
+    assert run_one(engine, copy_out(1, 0, group=1)) == 0
+    assert run_one(engine, write(1, 0, SSD_SLOTS - 1, group=1)) == 0, "a small block: it does not fill its slot"
+    path = Path(os.readlink(f"/proc/self/fd/{descriptors(engine)[1]}"))
+    assert path.stat().st_size == slot_offset(SSD_SLOTS // 2, PAYLOAD_BYTES)
+
+
+def nearly_full_disk_takes_the_slot_that_still_fits(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    drive.largest_allocation = slot_bytes(PAYLOAD_BYTES)
+    stored(engine, 1, 0, 0)
+    assert run_one(engine, write(1, 0, 6)) == -errno.ENOSPC, "three slots more"
+    assert run(engine, write(1, 0, 6, id=1), write(1, 0, 2, id=2)) == {1: -errno.ENOSPC, 2: 0}
+    for slot in (0, 2):
+        assert run_one(engine, read(1, 1, slot)) == 0
+
+
+def growth_that_costs_more_than_the_file_may_use_is_given_back(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+    assert run_one(engine, copy_out(1, 0)) == 0
+    before = [os.stat(fd).st_size for fd in descriptors(engine)]
+    drive.extra_blocks = slot_offset(SSD_SLOTS // 2, PAYLOAD_BYTES) // 512
+    assert run(engine, write(1, 0, 0, id=1), write(1, 0, 1, id=2)) == {1: -errno.ENOSPC, 2: -errno.ENOSPC}
+    assert [os.stat(fd).st_size for fd in descriptors(engine)] == before
+    drive.extra_blocks = 0
+    assert run_one(engine, write(1, 0, 3)) == 0
+
+
+def one_stalled_drive_leaves_places_for_the_others(engine: Engine, kv: KVCache, drive: Drive) -> None:
+    for number in range(8):
+        stored(engine, number, number, number)
+    drive.only_fd = descriptors(engine)[0]
+    drive.hold_reads = drive.hold_writes = 1
+    for _ in range(3):
+        stuck = [load(0, 0, 8 + n, id=n, timeout_us=TIMEOUT_US) for n in range(8)]
+        stuck += [write(n, n, 8 + n, id=100 + n, timeout_us=TIMEOUT_US) for n in (2, 4, 6)]
+        assert set(run(engine, *stuck).values()) == {TIMEDOUT, CANCELED}
+    assert run(engine, *(write(n, n, 8 + n, timeout_us=FOREVER_US) for n in (1, 3, 5))) == dict.fromkeys((1, 3, 5), 0)
+    late = [load(0, 0, 8, id=n, timeout_us=FOREVER_US) for n in range(10, 20)]
+    assert engine.submit(np.concatenate(late)) == 20
+    assert engine.submit(load(1, 1, 9)) == 2, "behind many that wait for the stalled drive"
+    wait_until(lambda: engine.stats()["ops"][OpKind.COPY_IN] == 1)
+    assert kv.block(9) == kv.block(1)
+    drive.hold_reads = drive.hold_writes = 0
+    wait_until(lambda: engine.stats()["ops"][OpKind.COPY_IN] == 11)
+
+
 def without_direct_io_files_are_buffered_and_told_so(_engine: Engine, kv: KVCache, drive: Drive) -> None:
     drive.refuse_direct = 1
     with tempfile.TemporaryDirectory() as folder, open_engine("threads", kv, make_files(Path(folder))) as engine:
@@ -198,7 +259,12 @@ def short_transfers_are_continued(engine: Engine, kv: KVCache, drive: Drive) -> 
     assert kv.block(8) == kv.block(1)
 
 
-def few_writes_are_in_the_drive_beside_a_read(engine: Engine, _kv: KVCache, drive: Drive) -> None:
+def few_writes_are_in_the_drive_beside_a_read(_engine: Engine, kv: KVCache, drive: Drive) -> None:
+    with tempfile.TemporaryDirectory() as folder, open_engine("threads", kv, make_files(Path(folder), 1)) as engine:
+        see_few_writes_beside_a_read(engine, drive)
+
+
+def see_few_writes_beside_a_read(engine: Engine, drive: Drive) -> None:
     for number in range(8):
         stored(engine, number, number, number)
     drive.hold_reads = drive.hold_writes = 1
@@ -248,7 +314,7 @@ def close_ends_while_a_drive_stalls(engine: Engine, _kv: KVCache, drive: Drive) 
 
 
 SCENARIOS = {name: member for name, member in list(globals().items()) if getattr(member, "__module__", "") == __name__}
-for helper in ("Drive", "wait_until", "stored"):
+for helper in ("Drive", "wait_until", "stored", "descriptors", "see_few_writes_beside_a_read"):
     del SCENARIOS[helper]
 
 if __name__ == "__main__":

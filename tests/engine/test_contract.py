@@ -1,6 +1,7 @@
 """What csrc/kvo.h promises, on a working drive."""
 
 import errno
+import fcntl
 import os
 import resource
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvoffload.engine import Engine
+from kvoffload.engine import Engine, _core
 from kvoffload.engine.reference import SUPERBLOCK, ReferenceEngine, pack_superblock, seal
 from kvoffload.errors import StoreError
 from kvoffload.layout import slot_bytes, slot_offset
@@ -195,6 +196,15 @@ def test_bind_refuses_blocks_larger_than_a_slot_and_a_second_call(name: str) -> 
             engine.bind([[]])
 
 
+@pytest.mark.parametrize("first", ([0, 10**6, 2], [0, 2**32 - 1, 2], [0], [], [0, 1], [0, 0, 2], [1, 2]))
+def test_bind_refuses_indexes_that_lead_beyond_the_regions(first: list[int]) -> None:
+    core = _core.CoreEngine(PAYLOAD_BYTES, DRAM_SLOTS, 4, 64, 8, 2)
+    regions = np.array([[4096, 0, 8], [4096, 0, 8]], np.uint64)
+    with pytest.raises(ValueError, match="no regions|begin with 0 and end with the number of regions"):
+        core.bind(regions, np.array(first, np.uint32))
+    core.close()
+
+
 @pytest.mark.parametrize("change", ({"payload_bytes": 0}, {"spare_slots": 0}, {"max_ops": 0}, {"io_depth": 0}))
 def test_options_out_of_range_are_refused_by_name(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -251,6 +261,29 @@ def test_attach_refuses_what_is_no_file(tmp_path: Path, name: str) -> None:
         for path in (tmp_path / "link", tmp_path / "missing", tmp_path):
             with pytest.raises(StoreError, match=str(path)):
                 engine.attach(SlotFiles((str(path),), SSD_SLOTS, FINGERPRINT))
+
+
+@every_engine
+def test_attach_refuses_a_file_that_is_being_resized(tmp_path: Path, name: str) -> None:
+    files = make_files(tmp_path)
+    with open_engine(name, KVCache()) as engine:
+        with open(files.paths[1], "rb") as resizing:
+            fcntl.flock(resizing, fcntl.LOCK_EX)
+            with pytest.raises(StoreError, match=f"{files.paths[1]}: .*being resized by another engine"):
+                engine.attach(files)
+        engine.attach(files)
+        assert run_one(engine, copy_out(1, 0)) == 0
+        assert run_one(engine, write(1, 0, 3)) == 0
+
+
+@every_engine
+def test_a_file_cannot_be_locked_for_resizing_while_an_engine_has_it_open(tmp_path: Path, name: str) -> None:
+    files = make_files(tmp_path)
+    with open(files.paths[0], "rb") as resizing:
+        with open_engine(name, KVCache(), files), open_engine(name, KVCache(), files):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(resizing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(resizing, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @c_engine
