@@ -4,6 +4,9 @@ The engine moves slots between DRAM and SSD (WRITE, READ), header and checksum i
 os.preadv on one preallocated O_DIRECT file, from one buffer on huge pages, without checksum. Both are repeated in turn
 in one run, because a drive's speed drifts.
 
+The loop reads into the same 2 MiB again and again, memory that stays in the processor's cache; the engine delivers each
+slot to a place of its own. Where a drive's data is copied by a processor, as in a virtual machine, that favours the loop.
+
     python benchmarks/bench_bulk.py [--folder PATH] [--gib 1] [--repetitions 5] [--io-backend auto]
 """
 
