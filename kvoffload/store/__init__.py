@@ -47,9 +47,7 @@ class Store:
         self._closed = False
 
     @classmethod
-    def open(
-        cls, config: Config, identity_fields: Mapping[str, object], payload_bytes: int, ranks: int, sharers: int = 1
-    ) -> Self:
+    def open(cls, config: Config, identity_fields: Mapping[str, object], payload_bytes: int, ranks: int, sharers: int = 1) -> Self:
         """Open or create the namespace of `identity_fields` below every nvme path, and hold it until `close`.
 
         identity_fields: what must be equal for bytes to be shared, writable as JSON. payload_bytes: the largest block

@@ -203,7 +203,12 @@ def wait_unused(directory: Directory, name: str, deadline: float) -> None:
 
     The namespace's lock does not tell: it is the scheduler's, and workers may take longer to die. Call with it held.
     """
-    while not _is_free(directory, name):
+    while True:
+        try:
+            if _is_free(directory, name):
+                return
+        except StoreError:
+            return  # something else has the name, and no worker attaches that
         if time.monotonic() >= deadline:
             raise StoreError(
                 f"slot file {os.path.join(directory.path, name)} is still in use by a worker of an engine that ended: "

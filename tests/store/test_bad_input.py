@@ -82,6 +82,16 @@ def test_a_symlink_below_the_path_is_never_followed(filled: Path, tmp_path_facto
     assert contents(outside) == before
 
 
+def test_a_symlink_in_a_slot_files_place_is_replaced_if_asked(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "target"
+    shutil.move(slot_file(filled), outside)
+    (namespace_of(filled) / "rank0of2.slots").symlink_to(outside)
+    before = outside.read_bytes()
+    open_store(filled, resume_kv_cache=False).close()
+    assert outside.read_bytes() == before
+    assert not slot_file(filled).is_symlink()
+
+
 def test_a_fifo_instead_of_a_file_does_not_hang(filled: Path) -> None:
     journal = namespace_of(filled) / "index.journal"
     journal.unlink()
@@ -389,3 +399,20 @@ def test_the_second_path_never_has_a_journal(tmp_path: Path) -> None:
     shutil.copy(namespace_of(paths[1]) / "index.journal", namespace_of(paths[0]))
     open_store(paths[::-1]).close()
     assert not list(namespace_of(paths[0]).glob("index.journal*"))
+
+
+def test_a_start_anew_that_stops_before_its_manifests_leaves_none_of_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    open_store(paths).close()
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as seam:
+        seam.setattr("kvoffload.store.namespace.Manifest.write", fail)
+        assert "Input/output error" in refusal(paths[::-1], resume_kv_cache=False)
+    open_store(paths[::-1]).close()

@@ -43,9 +43,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_slot_files_are_synced_before_a_compacted_journal_replaces_the_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slot_files_are_synced_before_a_compacted_journal_replaces_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(tmp_path) as store:
         write_blocks(store, range(3))
     with monkeypatch.context() as seam:
