@@ -113,7 +113,8 @@ int kvo_bind(kvo_engine *engine, const kvo_region *regions, const uint32_t *firs
 /* Opens this rank's slot files (made by the store, superblock in place); slot s is slot s / count of file s % count.
  * Probes O_DIRECT on each by doing. Files grow by fallocate as slots are first written, by whole slots, never beyond
  * slot_count slots, and on the medium never beyond their bytes and 0.5 %. Each file is locked (flock, shared) until
- * close, or until the kernel is done with it: who resizes it locks it exclusively first. Once. 0 or -errno with a sentence in err; the engine then still serves DRAM. */
+ * close, or until the kernel is done with it: who resizes it locks it exclusively first. Once. 0 or -errno with a
+ * sentence in err; the engine then still serves DRAM. */
 int kvo_attach(kvo_engine *engine, const char *const *paths, uint32_t count, uint32_t slot_count,
                const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]);
 

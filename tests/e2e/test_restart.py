@@ -8,6 +8,11 @@ from vllm_process import EngineError
 from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, ask_one, settle
 
 
+def test_a_wrong_setting_is_one_clear_sentence(serve):
+    with pytest.raises(EngineError, match="unknown configuration key 'dram_kv_ofload_gb'.*'dram_kv_offload_gb'"):
+        serve("llama", {"dram_kv_ofload_gb": 1})
+
+
 def test_a_restart_resumes_and_resume_off_starts_empty(serve, baseline, prompts, tmp_path):
     asked = prompts.many(3, PROMPT)
     want = baseline.tokens("llama", asked, TOKENS)
@@ -73,7 +78,7 @@ def test_other_models_dtypes_and_tensor_parallel_sizes_neither_hit_nor_harm(serv
         assert not any(source.values()), (name, arguments, source)
         if "dtype" not in arguments:
             assert [answer.tokens] == baseline.tokens(name, asked[:1], TOKENS, **arguments)
-        other.shutdown()
+        other.kill9()
     assert digest(before) == digests
     again = serve("llama", settings)
     for prompt, tokens in zip(asked, want, strict=True):
@@ -83,8 +88,3 @@ def test_other_models_dtypes_and_tensor_parallel_sizes_neither_hit_nor_harm(serv
 
 def digest(paths: list[str]) -> str:
     return subprocess.run(["sha256sum", *paths], capture_output=True, text=True, check=True).stdout
-
-
-def test_a_wrong_setting_is_one_clear_sentence(serve):
-    with pytest.raises(EngineError, match="unknown configuration key 'dram_kv_ofload_gb'.*'dram_kv_offload_gb'"):
-        serve("llama", {"dram_kv_ofload_gb": 1})

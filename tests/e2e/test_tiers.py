@@ -5,17 +5,24 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from vllm_process import VllmProcess
 
-from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, ask_one, loaded, settle
+from tests.e2e.offload import BLOCK, POOL, PROMPT, TOKENS, ask, ask_one, loaded, settle
 
 
-def test_a_prefix_evicted_from_gpu_and_dram_comes_back_from_ssd_and_mixed_with_new_tokens(
-    serve, baseline, prompts, tmp_path
-):
+@pytest.fixture(scope="module")
+def both(model, tmp_path_factory):
+    """An engine with both tiers: DRAM holds about three prompts of 30 blocks, the SSD all of them."""
+    path = tmp_path_factory.mktemp("nvme")
+    settings = {"nvme_path": str(path), "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.5}
+    engine = VllmProcess(model("llama"), settings, log=path / "vllm.log", **POOL)
+    yield engine
+    engine.kill9()
+
+
+def test_a_prefix_evicted_from_gpu_and_dram_comes_back_from_ssd_and_mixed_with_new_tokens(both, baseline, prompts):
     (first, *fillers) = prompts.many(5, PROMPT)
     (longer,) = prompts.many(1, 32 * BLOCK, first)
-    # DRAM holds about three prompts of 30 blocks, the SSD all of them.
-    both = serve("llama", {"nvme_path": str(tmp_path), "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.3})
     want = baseline.tokens("llama", [first, *fillers, longer], TOKENS)
     assert ask(both, [first]) == want[:1]
     settle(both)
@@ -33,12 +40,11 @@ def test_a_prefix_evicted_from_gpu_and_dram_comes_back_from_ssd_and_mixed_with_n
     check_metrics(both)
 
 
-def test_one_prompt_is_loaded_partly_from_dram_partly_from_ssd_and_partly_computed(serve, baseline, prompts, tmp_path):
+def test_one_prompt_is_loaded_partly_from_dram_partly_from_ssd_and_partly_computed(both, baseline, prompts):
     (first, *fillers) = prompts.many(6, PROMPT)
     (half,) = prompts.many(1, PROMPT, first[: 15 * BLOCK])
     (longer,) = prompts.many(1, 32 * BLOCK, first)
     want = baseline.tokens("llama", [first, half, longer], TOKENS)
-    both = serve("llama", {"nvme_path": str(tmp_path), "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.3})
     ask(both, [first])
     for filler in fillers:  # DRAM holds three prompts
         settle(both)
@@ -109,31 +115,32 @@ def test_sixteen_requests_with_shared_prefixes_and_aborts_during_loads(serve, ba
     assert source["disk"] + source["host"] > 0
 
 
-def test_blocks_produced_while_decoding_are_kept_unless_long_tokens_are_disabled(serve, prompts, tmp_path):
+def test_blocks_produced_while_decoding_are_kept(both, prompts):
     (prompt,) = prompts.many(1, 4 * BLOCK)
-    for disabled in (False, True):
-        one = serve("llama", {"dram_kv_offload_gb": 0.1, "disable_long_token": disabled})
-        (answer,) = one.generate([prompt], 3 * BLOCK)
-        ask(one, prompts.many(3, PROMPT))
-        _, source = ask_one(one, prompt + answer.tokens)
-        assert sum(source.values()) == (4 if disabled else 6) * BLOCK, source
-        one.shutdown()
+    assert sum(source_of_continuation(both, prompt, prompts).values()) == 6 * BLOCK
 
 
-def test_gpu_prefix_hits_are_ignored_when_gpu_reuse_is_disabled(serve, baseline, prompts):
+def source_of_continuation(engine, prompt, prompts) -> dict[str, float]:
+    """Where a prompt and its answer of three blocks are found when they come back as a prompt."""
+    (answer,) = engine.generate([prompt], 3 * BLOCK)
+    ask(engine, prompts.many(2, PROMPT))
+    return ask_one(engine, prompt + answer.tokens)[1]
+
+
+def test_the_switches_against_gpu_reuse_and_long_tokens(serve, baseline, prompts):
     (prompt,) = prompts.many(1, PROMPT)
-    one = serve("llama", {"dram_kv_offload_gb": 0.1, "disable_gpu_reuse": True})
+    one = serve("llama", {"dram_kv_offload_gb": 0.1, "disable_gpu_reuse": True, "disable_long_token": True})
     assert ask(one, [prompt]) == baseline.tokens("llama", [prompt], TOKENS)
     answer, source = ask_one(one, prompt)
     assert answer.tokens == baseline.tokens("llama", [prompt], TOKENS)[0]
-    assert source["device"] == 0 and source["host"] == PROMPT
-    assert len(one.generate([prompt] * 4, TOKENS, concurrency=4)) == 4
+    assert source == {"device": 0, "host": PROMPT, "disk": 0}  # all of it was in GPU memory too
+    assert ask(one, [prompt] * 4, concurrency=4) == baseline.tokens("llama", [prompt] * 4, TOKENS)
+    assert sum(source_of_continuation(one, prompts.one(4 * BLOCK), prompts).values()) == 4 * BLOCK
 
 
-@pytest.mark.parametrize("settings", [{}, {"dram_kv_offload_gb": 0.1, "disable_kv_cache": True}])
-def test_off_is_plain_vllm(serve, baseline, prompts, settings):
+def test_off_is_plain_vllm(serve, baseline, prompts):
     asked = prompts.many(2, PROMPT)
-    off = serve("llama", settings)
+    off = serve("llama", {})  # both sizes are 0 by default
     assert ask(off, asked) == baseline.tokens("llama", asked, TOKENS)
     assert ask(off, asked) == baseline.tokens("llama", asked, TOKENS)
     assert not any(loaded(off)[source] for source in ("host", "disk"))
