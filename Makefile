@@ -17,8 +17,9 @@ setup: ## make .venv, install the pinned versions, build the C engine
 demo: setup ## serve a small model with vLLM + kvoffload; show what each tier saves
 	@$(BIN)/python examples/demo.py
 
+# Two processes: an engine's start is one core's work for half a minute, and most of the time of the whole.
 test: setup ## every test, a real vLLM included (up to 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 fast: setup ## the tests that start no vLLM
 	@$(BIN)/python -m pytest -m "not e2e" $(ARGS)
@@ -27,7 +28,8 @@ e2e: setup ## the tests on a real vLLM only
 	@$(BIN)/python -m pytest -m e2e $(ARGS)
 
 bench: setup ## the benchmarks
-	@for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark $(ARGS) || exit 1; done
+	@for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+	@$(BIN)/python -m pytest -q --benchmark-enable --benchmark-columns=min,median,max,rounds benchmarks $(ARGS)
 
 lint: setup ## style
 	@$(BIN)/ruff check .

@@ -7,6 +7,7 @@ over all of them, and a wrong block anywhere in a prompt changes the tokens that
     python examples/tiny_models.py [directory]
 """
 
+import fcntl
 import hashlib
 import os
 import sys
@@ -97,10 +98,17 @@ def make(name: str, directory: Path, seed: int = SEED) -> Path:
     """Make model `name` in a folder of `directory`, unless it is there already; answer that folder."""
     recipe = hashlib.sha256(Path(__file__).read_bytes() + TEXT.read_bytes()).hexdigest()[:16]
     folder = directory / (name if seed == SEED else f"{name}-{seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # test processes may ask for the same model at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _make_once(name, folder, seed, recipe)
+    return folder
+
+
+def _make_once(name: str, folder: Path, seed: int, recipe: str) -> None:
     stamp = folder / "recipe"
     if stamp.exists() and stamp.read_text() == recipe:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+        return
     disable_progress_bar()
     torch.manual_seed(seed)
     model = MODELS[name]()
@@ -113,7 +121,6 @@ def make(name: str, directory: Path, seed: int = SEED) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     stamp.write_text(recipe)  # last, so that an interrupted run starts over
-    return folder
 
 
 if __name__ == "__main__":

