@@ -3,11 +3,14 @@
 from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, ask_one, loaded, settle
 
 
-def test_tensor_parallel_two_hits_in_dram_and_ssd_and_after_a_restart(serve, baseline, prompts, tmp_path):
+def test_tensor_parallel_two_over_two_paths_hits_in_dram_and_ssd_and_after_a_restart(serve, baseline, prompts, tmp_path):
+    paths = [tmp_path / "nvme0", tmp_path / "nvme1"]
+    for path in paths:
+        path.mkdir()
     tp = {"tensor_parallel_size": 2}
     asked = prompts.many(4, PROMPT)
     want = baseline.tokens("llama", asked, TOKENS, **tp)
-    settings = {"nvme_path": str(tmp_path), "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.3}
+    settings = {"nvme_path": [str(path) for path in paths], "dram_kv_offload_gb": 0.06, "ssd_kv_offload_gb": 0.3}
     first = serve("llama", settings, **tp)
     assert ask(first, asked) == want
     settle(first)
