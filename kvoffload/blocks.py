@@ -1,6 +1,6 @@
 """What the block manager keeps about a block and hands out for it. Scheduler side, one thread."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -75,3 +75,14 @@ class Block:
         self.demotion: int | None = None  # id of the demotion in flight
         self.promoter: str | None = None  # owner of the load that fills its DRAM slot
         self.gone = False  # forgotten: not in the index, slots go free when the last operation ends
+
+
+class Unsaved:
+    """Those of some keys whose block is not on SSD, so that evicting its DRAM copy would lose it."""
+
+    def __init__(self, keys: Container[BlockKey], blocks: Mapping[BlockKey, Block]):
+        self._keys = keys
+        self._blocks = blocks
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys and self._blocks[key].ssd is not State.READY

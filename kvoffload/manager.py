@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from types import MappingProxyType
 from typing import Protocol
 
-from kvoffload.blocks import Block, Pause, Placement, State, Stored
+from kvoffload.blocks import Block, Pause, Placement, State, Stored, Unsaved
 from kvoffload.policy import LRU, EvictionPolicy
 from kvoffload.slots import SlotPool
 from kvoffload.types import NO_SLOT, BlockKey, Demotion, Tier
@@ -182,9 +182,9 @@ class BlockManager:
                     self._drop_dram(block)
             if not arrived:
                 self.counters["kvoffload_load_failures_total",] += 1
-                if failed[key] == errno.ETIMEDOUT:
+                if failed[key] == errno.ETIMEDOUT and tier is Tier.SSD:
                     self._reading_is_slow()
-                elif failed[key] != errno.ECANCELED:
+                elif failed[key] not in (errno.ECANCELED, errno.ETIMEDOUT):
                     self._forget(block)
             elif tier is Tier.SSD:
                 self._reads.note_success()
@@ -200,15 +200,17 @@ class BlockManager:
         """DRAM slots for those of `keys` (key, group; prefix order) that are not held yet; the rest is dropped when no
         slot is free. Each placed block is moving in until `store_done`.
 
-        Blocks in `own`, those of the same request, are not evicted: a prefix must not lose its head to its tail.
+        Blocks in `own`, those of the same request, are not evicted unless they are on SSD: a prefix must not lose its
+        head to its tail.
         """
+        unsaved = Unsaved(own, self._blocks)
         self._use([key for key, _ in keys])
         placements: list[Placement] = []
         missing = [(key, group) for key, group in keys if key not in self._blocks]
         if not self.dram_is_tier and self._writes.active():
             missing = []  # bounce slots would only fill up
         for key, group in missing:
-            slot = self._take_dram_slot(own)
+            slot = self._take_dram_slot(unsaved)
             if slot == NO_SLOT:
                 break
             block = Block(key, group, self._journal.next_generation(), 0)
@@ -297,7 +299,7 @@ class BlockManager:
 
     def _demotion_failed(self, block: Block, error: int) -> None:
         self.counters["kvoffload_demotion_failures_total", errno.errorcode.get(error, str(error))] += 1
-        self._ssd.give_back(block.ssd_slot)
+        self._ssd.give_back(block.ssd_slot, last=True)  # the drive may hang just there
         block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
         if error == errno.EBADMSG or not self.dram_is_tier:
             self._forget(block)

@@ -1,27 +1,35 @@
 """Free slots of one tier. Scheduler side, one thread."""
 
 import heapq
+from collections import deque
 
 
 class SlotPool:
-    """Hands out slot numbers 0 .. count-1, the lowest free one first, so that slot files grow from the front."""
+    """Hands out slot numbers 0 .. count-1, the lowest free one first, so that slot files grow from the front.
+
+    Slots given back as the last to be tried again come after all others, the longest waiting first.
+    """
 
     def __init__(self, count: int):
         self.count = count
         self._untouched = 0  # slots from here on were never handed out
         self._returned: list[int] = []  # heap of slots given back
+        self._last: deque[int] = deque()
 
     def take(self) -> int | None:
         """A free slot, or None when all are taken."""
         if self._returned:
             return heapq.heappop(self._returned)
-        if self._untouched == self.count:
-            return None
-        self._untouched += 1
-        return self._untouched - 1
+        if self._untouched < self.count:
+            self._untouched += 1
+            return self._untouched - 1
+        return self._last.popleft() if self._last else None
 
-    def give_back(self, slot: int) -> None:
-        heapq.heappush(self._returned, slot)
+    def give_back(self, slot: int, last: bool = False) -> None:
+        if last:
+            self._last.append(slot)
+        else:
+            heapq.heappush(self._returned, slot)
 
     def claim(self, slots: set[int]) -> None:
         """Marks slots as taken that a recovered store owns. REQUIRES: no slot was taken before."""
@@ -29,8 +37,8 @@ class SlotPool:
         self._returned = [slot for slot in range(self._untouched) if slot not in slots]
 
     def free(self) -> int:
-        return self.count - self._untouched + len(self._returned)
+        return self.count - self._untouched + len(self._returned) + len(self._last)
 
     def is_free(self, slot: int) -> bool:
         """For checks only: linear in the slots given back."""
-        return slot >= self._untouched or slot in self._returned
+        return slot >= self._untouched or slot in self._returned or slot in self._last

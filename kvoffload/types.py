@@ -5,6 +5,7 @@ index; it tells workers which slots to use, in arrays of operations, and workers
 The two numpy dtypes below mirror `kvo_op` and `kvo_completion` of csrc/kvo.h byte for byte.
 """
 
+import errno
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
@@ -106,6 +107,15 @@ class TransferPlan:
         return bool(self.attach or self.demotions)
 
 
+def add_errors(to: dict[BlockKey, int], errors: dict[BlockKey, int]) -> None:
+    """Adds what another rank says. Of two errnos for a block the one that says more about it stays: damage before
+    lateness, lateness before not having been tried."""
+    mildest_first = (errno.ECANCELED, errno.ETIMEDOUT)
+    for key, error in errors.items():
+        if to.get(key) in (None, *mildest_first) and (error != errno.ECANCELED or key not in to):
+            to[key] = error
+
+
 @dataclass
 class TransferReport:
     """What workers tell the scheduler side in one step; reports of several ranks add up."""
@@ -124,7 +134,7 @@ class TransferReport:
             self.demoted[number] = self.demoted.get(number, 0) + ranks
         self.failed_demotions.update(other.failed_demotions)
         for number, errors in other.failed.items():
-            self.failed.setdefault(number, {}).update(errors)
+            add_errors(self.failed.setdefault(number, {}), errors)
         self.attach_error = self.attach_error or other.attach_error
         for name, increase in other.counters.items():
             self.counters[name] = self.counters.get(name, 0) + increase

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S, LOAD_BYTES_PER_S = 5.0, 100e6  # a load may take the first, and its bytes over the second
 LOAD_OPS_MAX = 2048  # in the engine at once: half of what it takes, so that stores find room beside any load
-STORE_TIMEOUT_S = 30.0
+STORE_TIMEOUT_S = 10.0  # vLLM may wait for it before it reuses a block
 DEMOTION_TIMEOUT_S = 60.0
 BATCH_MAX = 1024  # completions taken, or operations given, in one call
 LOAD_KINDS = (OpKind.READ, OpKind.COPY_IN)
@@ -247,8 +247,10 @@ class Worker:
             left_s = batch.deadline - time.monotonic()
             if left_s <= 0:
                 batches.popleft()
+                # A load that was never tried says nothing about the drive.
+                error = errno.ECANCELED if batches is self._backlog[0] else errno.ETIMEDOUT
                 for number in batch.ops["id"].tolist():
-                    self._complete(number, errno.ETIMEDOUT, 0.0)
+                    self._complete(number, error, 0.0)
                 continue
             offered = batch.ops[: max(0, room())]
             if len(offered) and offered["flags"][-1] == OpFlag.LINK:

@@ -72,12 +72,10 @@ def _snapshot(name: str, revision: str | None, cache: str | None) -> Path | None
         return None
 
 
-def _model_shape(hf_config: Any) -> dict[str, Any]:
-    """The model's own configuration (RoPE among it), less what does not change a block."""
-    shape = hf_config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "_commit_hash"):
-        shape.pop(name, None)
-    return json.loads(json.dumps(shape, default=str))
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's own configuration (RoPE among it) as JSON, less what does not change a block."""
+    ignored = ("transformers_version", "_name_or_path", "_commit_hash")
+    return json.loads(json.dumps({name: value for name, value in config.items() if name not in ignored}, default=str))
 
 
 def _hardware() -> list[str]:
@@ -101,7 +99,10 @@ def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> d
     return {
         "model": model.model,
         "weights": weights_digest(config),
-        "shape": _model_shape(model.hf_config),
+        "shape": _plain(model.hf_config.to_dict()),
+        # Some models choose rotary factors or attention temperature by how long a sequence may get.
+        "max_model_len": model.max_model_len,
+        "generation": _plain({**model.try_get_generation_config(), **model.override_generation_config}),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv_cache_dtype": str(cache.cache_dtype),
@@ -140,7 +141,7 @@ class LoraSalts:
             stamps = _stamps(adapter.lora_path)
             if name not in self._seen or adapter.load_inplace and self._seen[name][0] != stamps:
                 self._seen[name] = stamps, _adapter_digest(adapter.lora_path)
-        except OSError as error:
+        except (OSError, RuntimeError, UnicodeError) as error:  # the latter two of odd names
             logger.warning("kvoffload: LoRA adapter %s cannot be read: %s", adapter.lora_path, error)
             stamps = []
             self._seen.setdefault(name, ([], os.urandom(16)))

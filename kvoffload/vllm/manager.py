@@ -31,7 +31,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager
 from kvoffload.store import Store
-from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport
+from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
 from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.identity import LoraSalts, salted
 from kvoffload.vllm.transfer import SlotSpec
@@ -50,6 +50,7 @@ class Notes:
     """What we remember of a request, in vLLM's own context of it: completions may come after it has ended."""
 
     salt: bytes
+    life: bytes  # what follows is of the time between two resets
     transfer: int = 0  # its load in flight
     recomputes: bool = False  # a load of it failed: it loads no more
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
@@ -121,6 +122,13 @@ class ManagerAdapter(OffloadingManager):
         if settings.ssd_bytes != 0:
             journal = self._store = Store.open(settings, identity, geometry.payload_bytes, ranks, geometry.engines)
             self._attach = tuple(self._store.slot_files(rank) for rank in range(ranks))
+        if dram.slots < 2 * geometry.blocks_per_step:
+            logger.warning(
+                "kvoffload: %d DRAM slots are fewer than two steps of the model can fill (%d); of long prompts only the "
+                "beginning will be stored: raise dram_kv_offload_gb or lower max_num_batched_tokens",
+                dram.slots,
+                2 * geometry.blocks_per_step,
+            )
         entries = self._store.entries() if self._store else []
         ssd_slots = self._store.slot_count if self._store else 0
         slot = slot_bytes(geometry.payload_bytes)
@@ -145,15 +153,17 @@ class ManagerAdapter(OffloadingManager):
             self._salts[request.request_id] = self._lora_salts.of(request.lora_request)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        req_context.set_state(Notes(self._salts.pop(req_context.req_id, b"")))
+        req_context.set_state(Notes(self._salts.pop(req_context.req_id, b""), self._life))
         # By default vLLM offers for storing what follows a loaded prefix. We take the whole request, so that blocks that
         # were dropped, evicted or damaged meanwhile are stored again; those that are held cost a look into a dict.
         return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
 
-    @staticmethod
-    def _notes(req_context: ReqContext) -> Notes:
+    def _notes(self, req_context: ReqContext) -> Notes:
         notes = req_context.get_state(Notes)
         assert notes is not None, "vLLM announces every request"
+        if notes.life != self._life:
+            notes = Notes(notes.salt, self._life)
+            req_context.set_state(notes)
         return notes
 
     def _salt(self, req_context: ReqContext) -> bytes:
@@ -264,7 +274,7 @@ class ManagerAdapter(OffloadingManager):
         """What workers did. REQUIRES: called before vLLM's scheduler half learns of the jobs that ended with it."""
         for transfer, errors in report.failed.items():
             if transfer >= self._first_transfer:
-                self._failed.setdefault(transfer, {}).update(errors)
+                add_errors(self._failed.setdefault(transfer, {}), errors)
         for demotion, ranks in report.demoted.items():
             self._core.ack(demotion, ranks, report.failed_demotions.get(demotion, 0))
         if report.attach_error:

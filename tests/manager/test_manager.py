@@ -200,6 +200,37 @@ def test_a_store_does_not_evict_its_own_prefix():
     assert books.tiers(prefix("a", 6)) == [Tier.DRAM] * 6
 
 
+def test_a_prompt_longer_than_dram_goes_to_the_ssd_whole():
+    books = Books(dram=10, ssd=200)
+    blocks = prefix("a", 100)
+    for start in range(0, 100, 5):
+        stored = books.manager.store([(key, 0) for key in blocks[start : start + 5]], own=set(blocks))
+        assert stored.dropped == 0
+        books.manager.store_done([place.key for place in stored.placements])
+        books.demote()
+    assert all(Tier.SSD in books.manager.tiers(key) for key in blocks)
+
+
+def test_a_slot_the_drive_could_not_write_is_the_last_to_be_tried_again():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 2))
+    first = [demotion.ssd_slot for demotion in books.manager.plan()]
+    for number in range(2):
+        books.manager.ack(number, 1, errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    assert not set(first) & {demotion.ssd_slot for demotion in books.manager.plan()}
+
+
+def test_a_late_copy_from_dram_says_nothing_about_the_ssd():
+    books = Books(dram=4, ssd=8)
+    books.store([b"a"])
+    books.demote()
+    books.manager.lookup(b"a")
+    books.manager.load([b"a"], "r")
+    books.manager.load_done([b"a"], "r", failed={b"a": errno.ETIMEDOUT})
+    assert books.manager.tiers(b"a") == [Tier.DRAM, Tier.SSD]
+
+
 def test_a_failed_store_leaves_nothing_behind():
     books = Books(dram=4, ssd=8)
     placed = books.manager.store([(key, 0) for key in prefix("a", 2)]).placements

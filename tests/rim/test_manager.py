@@ -143,6 +143,21 @@ def test_failures_of_jobs_from_before_a_reset_touch_nothing_after_it():
     assert hits(manager, context, keys) == [True, True]
 
 
+def test_what_was_noted_of_a_request_before_a_reset_is_forgotten():
+    manager = adapter(dram_slots=10)
+    context, keys = request(manager, "r", 30)
+    store(manager, context, keys)
+    assert store(manager, context, keys) == []  # behind a hole
+    manager.reset_cache()
+    assert store(manager, context, keys[:4]) == keys[:4]
+
+
+def test_of_two_ranks_errors_the_one_that_says_more_stays():
+    first = TransferReport(failed={1: {b"a": errno.ETIMEDOUT, b"b": errno.EBADMSG, b"c": errno.ECANCELED}})
+    first.add(TransferReport(failed={1: {b"a": errno.EBADMSG, b"b": errno.ETIMEDOUT, b"c": errno.ETIMEDOUT}}))
+    assert first.failed == {1: {b"a": errno.EBADMSG, b"b": errno.EBADMSG, b"c": errno.ETIMEDOUT}}
+
+
 def test_after_a_reset_blocks_are_kept_under_keys_no_other_process_asks_for():
     manager = adapter()
     context, keys = request(manager, "r", 2)
