@@ -245,13 +245,6 @@ class VllmProcess:
         parent = psutil.Process(self._process.pid)
         return [parent, *parent.children(recursive=True)]
 
-    def rss_bytes(self) -> int:
-        total = 0
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-        return total
-
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 

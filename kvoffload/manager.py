@@ -25,8 +25,6 @@ from kvoffload.types import NO_SLOT, BlockKey, Demotion, Tier
 logger = logging.getLogger(__name__)
 
 DEMOTIONS_MAX = 512  # in flight at once: acknowledgements come a few steps later, and the drive must not wait for them
-
-
 NOTHING: Mapping[BlockKey, int] = MappingProxyType({})
 
 
@@ -320,7 +318,6 @@ class BlockManager:
             if block.ssd is State.READY and block.dram is not State.READY:
                 self._forget(block, journal=False)
             elif block.ssd is State.READY:
-                self._ssd_lru.remove(block.key)
                 self._drop_ssd(block)
             self._settle(block)
 

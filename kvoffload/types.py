@@ -31,7 +31,6 @@ class OpKind(IntEnum):
 
 
 class OpFlag(IntEnum):
-    NONE = 0
     LINK = 1  # the next operation of the batch starts only if this one succeeded
 
 

@@ -8,7 +8,7 @@ import errno
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,7 +34,7 @@ LOAD_TIMEOUT_S, LOAD_BYTES_PER_S = 5.0, 100e6  # a load may take the first, and 
 LOAD_OPS_MAX = 2048  # in the engine at once: half of what it takes, so that stores find room beside any load
 STORE_TIMEOUT_S = 10.0  # vLLM may wait for it before it reuses a block
 DEMOTION_TIMEOUT_S = 60.0
-BATCH_MAX = 1024  # completions taken, or operations given, in one call
+BATCH_MAX = 1024  # completions taken in one call
 LOAD_KINDS = (OpKind.READ, OpKind.COPY_IN)
 
 
@@ -43,7 +43,7 @@ class Engine(Protocol):
 
     def attach(self, files: SlotFiles) -> None: ...
 
-    def submit(self, ops: np.ndarray, stream: int = 0) -> int: ...
+    def submit(self, ops: np.ndarray) -> int: ...
 
     def poll(self, max_completions: int = BATCH_MAX) -> np.ndarray: ...
 
@@ -79,7 +79,6 @@ class Batch:
 
     ops: np.ndarray
     deadline: float
-    stream: int
 
 
 def block_ops(kind: OpKind, keys: list[BlockKey], fields: dict[str, object]) -> np.ndarray:
@@ -107,13 +106,13 @@ class BlockList:
     kv_blocks: np.ndarray
     groups: np.ndarray
 
-    def columns(self, chosen: np.ndarray | slice = slice(None)) -> dict[str, object]:
+    def columns(self) -> dict[str, object]:
         return {
-            "generation": self.generations[chosen],
-            "dram_slot": self.dram_slots[chosen],
-            "ssd_slot": self.ssd_slots[chosen],
-            "kv_block": self.kv_blocks[chosen],
-            "group": self.groups[chosen],
+            "generation": self.generations,
+            "dram_slot": self.dram_slots,
+            "ssd_slot": self.ssd_slots,
+            "kv_block": self.kv_blocks,
+            "group": self.groups,
         }
 
 
@@ -128,14 +127,15 @@ class Worker:
         self._load_ops = 0  # in the engine
         self._pending: dict[int, Pending] = {}
         self._jobs: dict[int, Job] = {}
-        self._backlog: tuple[deque[Batch], deque[Batch]] = (deque(), deque())  # loads, everything else
+        self._waiting_loads: deque[Batch] = deque()
+        self._waiting_others: deque[Batch] = deque()
         self._finished: list[tuple[int, bool]] = []
         self._report = TransferReport()
         self._counters: Counter[tuple[str, ...]] = Counter()
 
     # -- what to do --------------------------------------------------------------------------------------------
 
-    def load(self, job_id: int, blocks: BlockList, stream: int = 0) -> None:
+    def load(self, job_id: int, blocks: BlockList) -> None:
         """Starts loading the blocks: from DRAM where `ssd_slots` is NO_SLOT, else from SSD, by way of the DRAM slot or,
         where that is NO_SLOT, of the engine's spare memory. A block in neither fails."""
         nowhere = (blocks.dram_slots == NO_SLOT) & (blocks.ssd_slots == NO_SLOT)
@@ -145,18 +145,18 @@ class Worker:
             return
         count = len(blocks.keys)
         copies = block_ops(OpKind.COPY_IN, blocks.keys, blocks.columns())
-        reads = block_ops(OpKind.READ, blocks.keys, blocks.columns())
-        reads["flags"] = OpFlag.LINK
+        reads = copies.copy()
+        reads["kind"], reads["flags"] = OpKind.READ, OpFlag.LINK
         ops = np.stack([reads, copies], axis=1).reshape(2 * count)  # each READ right before its COPY_IN
         needed = np.ones(2 * count, bool)
         needed[::2] = blocks.ssd_slots != NO_SLOT
         timeout_s = LOAD_TIMEOUT_S + sum(self._group_bytes[group] for group in blocks.groups) / LOAD_BYTES_PER_S
-        self._start(job_id, blocks.transfer, ops[needed], timeout_s, stream)
+        self._start(job_id, blocks.transfer, ops[needed], timeout_s, self._waiting_loads)
 
-    def store(self, job_id: int, blocks: BlockList, stream: int = 0) -> None:
+    def store(self, job_id: int, blocks: BlockList) -> None:
         """Starts copying the blocks to their DRAM slots."""
         ops = block_ops(OpKind.COPY_OUT, blocks.keys, blocks.columns())
-        self._start(job_id, blocks.transfer, ops, STORE_TIMEOUT_S, stream)
+        self._start(job_id, blocks.transfer, ops, STORE_TIMEOUT_S, self._waiting_others)
 
     def refuse(self, job_id: int, transfer: int, errors: dict[BlockKey, int]) -> None:
         """Ends a job that cannot be carried out: its blocks failed, each with its errno."""
@@ -181,10 +181,10 @@ class Worker:
         )
         for op, demotion in zip(ops, demotions, strict=True):
             self._note(op, demotion.key, demotion=demotion.id)
-        self._backlog[1].append(Batch(ops, time.monotonic() + DEMOTION_TIMEOUT_S, 0))
+        self._waiting_others.append(Batch(ops, time.monotonic() + DEMOTION_TIMEOUT_S))
         self._push()
 
-    def _start(self, job_id: int, transfer: int, ops: np.ndarray, timeout_s: float, stream: int) -> None:
+    def _start(self, job_id: int, transfer: int, ops: np.ndarray, timeout_s: float, waiting: deque[Batch]) -> None:
         job = Job(job_id, transfer, len(ops))
         if not len(ops):
             self._finish(job)
@@ -192,8 +192,7 @@ class Worker:
         self._jobs[job_id] = job
         for op in ops:
             self._note(op, op["key"][: op["key_len"]].tobytes(), job)
-        is_load = ops["kind"][0] != OpKind.COPY_OUT
-        self._backlog[0 if is_load else 1].append(Batch(ops, time.monotonic() + timeout_s, stream))
+        waiting.append(Batch(ops, time.monotonic() + timeout_s))
         self._push()
 
     def _note(self, op: np.ndarray, key: BlockKey, job: Job | None = None, demotion: int = 0) -> None:
@@ -237,29 +236,29 @@ class Worker:
 
     def _push(self) -> None:
         """Gives the engine what waits, loads first."""
-        loads, others = self._backlog
-        self._push_from(loads, lambda: LOAD_OPS_MAX - self._load_ops)
-        self._push_from(others, lambda: BATCH_MAX)
+        self._push_from(self._waiting_loads)
+        self._push_from(self._waiting_others)
 
-    def _push_from(self, batches: deque[Batch], room: Callable[[], int]) -> None:
+    def _push_from(self, batches: deque[Batch]) -> None:
+        loads = batches is self._waiting_loads
         while batches:
             batch = batches[0]
             left_s = batch.deadline - time.monotonic()
             if left_s <= 0:
                 batches.popleft()
                 # A load that was never tried says nothing about the drive.
-                error = errno.ECANCELED if batches is self._backlog[0] else errno.ETIMEDOUT
+                error = errno.ECANCELED if loads else errno.ETIMEDOUT
                 for number in batch.ops["id"].tolist():
                     self._complete(number, error, 0.0)
                 continue
-            offered = batch.ops[: max(0, room())]
+            offered = batch.ops[: max(0, LOAD_OPS_MAX - self._load_ops)] if loads else batch.ops
             if len(offered) and offered["flags"][-1] == OpFlag.LINK:
                 offered = offered[:-1]  # whole pairs
             if not len(offered):
                 return
             offered["timeout_us"] = int(left_s * 1e6) or 1
-            accepted = self._engine.submit(offered, batch.stream)
-            self._load_ops += int(np.isin(offered["kind"][:accepted], LOAD_KINDS).sum())
+            accepted = self._engine.submit(offered)
+            self._load_ops += accepted if loads else 0
             batch.ops = batch.ops[accepted:]
             if not len(batch.ops):
                 batches.popleft()

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from collections.abc import Callable
 
 import numpy as np
 from vllm.v1.kv_offload.base import (
@@ -63,25 +64,22 @@ class WorkerAdapter(OffloadingWorker):
                 logger.info("kvoffload: %s", line)
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
-        assert isinstance(dst_spec, SlotSpec)
-        if len(src_spec.block_ids) != len(dst_spec.keys):
-            self._refuse(job_id, dst_spec, len(src_spec.block_ids))
-        else:
-            self._worker.store(job_id, _block_list(dst_spec, src_spec))
-        return True
+        return self._submit(self._worker.store, job_id, dst_spec, src_spec)
 
     def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        assert isinstance(src_spec, SlotSpec)
-        if len(dst_spec.block_ids) != len(src_spec.keys):
-            self._refuse(job_id, src_spec, len(dst_spec.block_ids))
-        else:
-            self._worker.load(job_id, _block_list(src_spec, dst_spec))
-        return True
+        return self._submit(self._worker.load, job_id, src_spec, dst_spec)
 
-    def _refuse(self, job_id: int, slots: SlotSpec, blocks: int) -> None:
-        # Pairing them up some other way could serve a block's bytes for another's.
-        logger.error("kvoffload: vLLM named %d blocks for %d keys; the job fails", blocks, len(slots.keys))
-        self._worker.refuse(job_id, slots.transfer, dict.fromkeys(slots.keys, errno.ECANCELED))
+    def _submit(
+        self, start: Callable[[int, BlockList], None], job_id: int, slots: LoadStoreSpec, blocks: GPULoadStoreSpec
+    ) -> bool:
+        assert isinstance(slots, SlotSpec)
+        if len(blocks.block_ids) == len(slots.keys):
+            start(job_id, _block_list(slots, blocks))
+        else:
+            # Pairing them up some other way could serve a block's bytes for another's.
+            logger.error("kvoffload: vLLM named %d blocks for %d keys; the job fails", len(blocks.block_ids), len(slots.keys))
+            self._worker.refuse(job_id, slots.transfer, dict.fromkeys(slots.keys, errno.ECANCELED))
+        return True
 
     def get_finished(self) -> list[TransferResult]:
         self._worker.poll()
