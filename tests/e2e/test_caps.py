@@ -16,16 +16,18 @@ def disk_bytes(path: Path) -> int:
 
 
 def arena_bytes(pid: int) -> int:
-    """Resident bytes of the engine's arena: the one mapping advised to use huge pages that is ours by size."""
-    resident, size = 0, 0
+    """Bytes of memory behind the engine's arena: the private mapping that is not copied to children, in pages of any
+    kind. (smaps counts reserved huge pages apart from Rss.)"""
+    total, found, private = 0, 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if line.startswith("Size:"):
-            size = int(line.split()[1]) * 1024
-        elif line.startswith("Rss:") and size:
-            rss = int(line.split()[1]) * 1024
-        elif line.startswith("VmFlags:") and " hg" in line:
-            resident += rss
-    return resident
+        field, *values = line.split()
+        if not field.endswith(":"):
+            found, private = 0, values[0].endswith("p")
+        elif field in ("Rss:", "Private_Hugetlb:"):
+            found += int(values[0]) * 1024
+        elif field == "VmFlags:" and private and "dc" in values:
+            total += found
+    return total
 
 
 def test_two_hundred_prompts_stay_below_caps_that_hold_twenty(serve, baseline, prompts, tmp_path):
