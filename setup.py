@@ -65,7 +65,7 @@ setup(
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-std=gnu11", "-O3", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS, *sanitize],
-            extra_link_args=["-pthread", *sanitize],
+            extra_link_args=["-pthread", "-ldl", *sanitize],
             py_limited_api=True,
         )
     ],

@@ -1,21 +1,23 @@
 /* copy_host.c - copies by one thread, for a KV cache in host memory. */
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 
 #include "copy.h"
-#include "ring.h"
 
-struct kvo_copy {
+#define DEPTH 4u /* few, so that a load never waits behind many stores */
+
+typedef struct {
+    kvo_copier face;
     int kick_fd;
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t work;
-    kvo_ring todo, done;
-    kvo_copy_job *todo_jobs[KVO_COPY_DEPTH], *done_jobs[KVO_COPY_DEPTH];
+    kvo_copy_queue todo, done;
     bool stop;
-};
+} host_copier;
 
 static void run(const kvo_copy_job *job) {
     uint8_t *payload = job->payload;
@@ -29,60 +31,89 @@ static void run(const kvo_copy_job *job) {
 }
 
 static void *work(void *argument) {
-    kvo_copy *copy = argument;
-    pthread_mutex_lock(&copy->lock);
-    while (copy->todo.count > 0 || !copy->stop) {
-        if (copy->todo.count == 0) {
-            pthread_cond_wait(&copy->work, &copy->lock);
+    host_copier *copier = argument;
+    pthread_mutex_lock(&copier->lock);
+    while (copier->todo.first != NULL || !copier->stop) {
+        kvo_copy_job *job = kvo_copy_queue_take(&copier->todo);
+        if (job == NULL) {
+            pthread_cond_wait(&copier->work, &copier->lock);
             continue;
         }
-        kvo_copy_job *job = copy->todo_jobs[kvo_ring_pop(&copy->todo)];
-        pthread_mutex_unlock(&copy->lock);
+        pthread_mutex_unlock(&copier->lock);
         run(job);
         job->result = 0;
-        pthread_mutex_lock(&copy->lock);
-        copy->done_jobs[kvo_ring_push(&copy->done)] = job;
-        eventfd_write(copy->kick_fd, 1);
+        pthread_mutex_lock(&copier->lock);
+        kvo_copy_queue_add(&copier->done, job);
+        eventfd_write(copier->kick_fd, 1);
     }
-    pthread_mutex_unlock(&copy->lock);
+    pthread_mutex_unlock(&copier->lock);
     return NULL;
 }
 
-kvo_copy *kvo_copy_open(int kick_fd) {
-    kvo_copy *copy = calloc(1, sizeof *copy);
-    if (copy == NULL) return NULL;
-    copy->kick_fd = kick_fd;
-    copy->todo.capacity = copy->done.capacity = KVO_COPY_DEPTH;
-    pthread_mutex_init(&copy->lock, NULL);
-    pthread_cond_init(&copy->work, NULL);
-    if (pthread_create(&copy->thread, NULL, work, copy) == 0) return copy;
-    pthread_cond_destroy(&copy->work);
-    pthread_mutex_destroy(&copy->lock);
-    free(copy);
-    return NULL;
+/* A KV cache in host memory is written when the caller says so. */
+static uint64_t host_fence(kvo_copier *self, uint64_t stream) {
+    (void)self, (void)stream;
+    return 0;
 }
 
-void kvo_copy_start(kvo_copy *copy, kvo_copy_job *job) {
-    pthread_mutex_lock(&copy->lock);
-    copy->todo_jobs[kvo_ring_push(&copy->todo)] = job;
-    pthread_cond_signal(&copy->work);
-    pthread_mutex_unlock(&copy->lock);
+static void host_start(kvo_copier *self, kvo_copy_job *job) {
+    host_copier *copier = (host_copier *)self;
+    pthread_mutex_lock(&copier->lock);
+    kvo_copy_queue_add(&copier->todo, job);
+    pthread_cond_signal(&copier->work);
+    pthread_mutex_unlock(&copier->lock);
 }
 
-kvo_copy_job *kvo_copy_reap(kvo_copy *copy) {
-    pthread_mutex_lock(&copy->lock);
-    kvo_copy_job *job = copy->done.count > 0 ? copy->done_jobs[kvo_ring_pop(&copy->done)] : NULL;
-    pthread_mutex_unlock(&copy->lock);
+static bool host_withdraw(kvo_copier *self, kvo_copy_job *job) {
+    host_copier *copier = (host_copier *)self;
+    pthread_mutex_lock(&copier->lock);
+    bool withdrawn = kvo_copy_queue_remove(&copier->todo, job);
+    pthread_mutex_unlock(&copier->lock);
+    return withdrawn;
+}
+
+static kvo_copy_job *host_reap(kvo_copier *self) {
+    host_copier *copier = (host_copier *)self;
+    pthread_mutex_lock(&copier->lock);
+    kvo_copy_job *job = kvo_copy_queue_take(&copier->done);
+    pthread_mutex_unlock(&copier->lock);
     return job;
 }
 
-void kvo_copy_close(kvo_copy *copy) {
-    pthread_mutex_lock(&copy->lock);
-    copy->stop = true;
-    pthread_cond_signal(&copy->work);
-    pthread_mutex_unlock(&copy->lock);
-    pthread_join(copy->thread, NULL);
-    pthread_cond_destroy(&copy->work);
-    pthread_mutex_destroy(&copy->lock);
-    free(copy);
+static void host_describe(kvo_copier *self, char *out, size_t bytes) {
+    (void)self;
+    snprintf(out, bytes, "host memory, 1 thread");
+}
+
+static bool host_close(kvo_copier *self) {
+    host_copier *copier = (host_copier *)self;
+    pthread_mutex_lock(&copier->lock);
+    copier->stop = true;
+    pthread_cond_signal(&copier->work);
+    pthread_mutex_unlock(&copier->lock);
+    pthread_join(copier->thread, NULL);
+    pthread_cond_destroy(&copier->work);
+    pthread_mutex_destroy(&copier->lock);
+    free(copier);
+    return true;
+}
+
+kvo_copier *kvo_copy_host_open(int kick_fd) {
+    host_copier *copier = calloc(1, sizeof *copier);
+    if (copier == NULL) return NULL;
+    copier->face = (kvo_copier){.depth = DEPTH,
+                                .fence = host_fence,
+                                .start = host_start,
+                                .withdraw = host_withdraw,
+                                .reap = host_reap,
+                                .describe = host_describe,
+                                .close = host_close};
+    copier->kick_fd = kick_fd;
+    pthread_mutex_init(&copier->lock, NULL);
+    pthread_cond_init(&copier->work, NULL);
+    if (pthread_create(&copier->thread, NULL, work, copier) == 0) return &copier->face;
+    pthread_cond_destroy(&copier->work);
+    pthread_mutex_destroy(&copier->lock);
+    free(copier);
+    return NULL;
 }

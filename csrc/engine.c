@@ -35,6 +35,8 @@ static int check_options(const kvo_options *options, char err[KVO_ERR_BYTES]) {
         return fail(err, EINVAL, "io_depth is %u, expected 1 .. 4096", options->io_depth);
     if (options->io_backend < KVO_IO_AUTO || options->io_backend > KVO_IO_THREADS)
         return fail(err, EINVAL, "io_backend is %d, expected 0 .. 2", options->io_backend);
+    if (options->device < KVO_NO_DEVICE)
+        return fail(err, EINVAL, "device is %d, expected a CUDA device's number or -1", options->device);
     return 0;
 }
 
@@ -51,9 +53,10 @@ static int open_shared(kvo_shared *shared, uint32_t max_ops) {
     return shared->submissions == NULL || shared->completions == NULL ? -ENOMEM : 0;
 }
 
-/* Abandoned operations keep their records, so there are io_depth more than operations. */
+/* Abandoned operations keep their records, so there are more than operations: for all reads, writes and COPY_OUTs that
+ * can be in flight. */
 static int open_records(kvo_engine *e) {
-    uint32_t count = e->options.max_ops + e->options.io_depth;
+    uint32_t count = e->options.max_ops + e->options.io_depth + e->copier->depth;
     e->records = calloc(count, sizeof *e->records);
     e->finished = calloc(e->options.max_ops, sizeof *e->finished);
     if (e->records == NULL || e->finished == NULL) return -ENOMEM;
@@ -65,14 +68,13 @@ static int open_records(kvo_engine *e) {
     return 0;
 }
 
-static int open_io(kvo_engine *e, char err[KVO_ERR_BYTES]) {
-    uint32_t depth = e->options.io_depth;
-    if (e->options.io_backend == KVO_IO_THREADS) snprintf(e->io_reason, sizeof e->io_reason, "as asked");
-    else e->io = kvo_io_uring_open(depth, e->kick_fd, e->io_reason, sizeof e->io_reason);
-    if (e->io == NULL && e->options.io_backend == KVO_IO_URING)
-        return fail(err, ENOTSUP, "io_uring cannot be used (%s); io_backend \"auto\" or \"threads\" can", e->io_reason);
-    if (e->io == NULL) e->io = kvo_io_threads_open(depth, e->kick_fd);
-    return e->io == NULL ? fail(err, EAGAIN, "the threads for file I/O could not be started") : 0;
+static int open_copier(kvo_engine *e, char err[KVO_ERR_BYTES]) {
+    if (e->options.device != KVO_NO_DEVICE) {
+        kvo_copy_memory memory = {e->slots.arena.base, e->slots.arena.bytes, e->slots.slot_bytes};
+        return kvo_copy_cuda_open(&e->copier, e->options.device, &memory, e->kick_fd, err);
+    }
+    e->copier = kvo_copy_host_open(e->kick_fd);
+    return e->copier == NULL ? fail(err, EAGAIN, "the copy thread could not be started") : 0;
 }
 
 static int open_parts(kvo_engine *e, char err[KVO_ERR_BYTES]) {
@@ -80,7 +82,7 @@ static int open_parts(kvo_engine *e, char err[KVO_ERR_BYTES]) {
     uint64_t slot_bytes = kvo_round_up(KVO_HEADER_BYTES + options->payload_bytes, KVO_ALIGNMENT);
     uint64_t slots = (uint64_t)options->dram_slots + options->spare_slots;
     if (slots > (UINT64_MAX >> 2) / slot_bytes) return fail(err, ENOMEM, "the arena would exceed the address space");
-    e->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    e->kick_fd = eventfd(0, EFD_CLOEXEC);
     if (e->kick_fd < 0) return fail(err, errno, "eventfd: %s", strerror(errno));
     int status = kvo_slots_open(&e->slots, slot_bytes, options->dram_slots, options->spare_slots);
     if (status != 0)
@@ -88,19 +90,18 @@ static int open_parts(kvo_engine *e, char err[KVO_ERR_BYTES]) {
                     (unsigned long long)slots, (unsigned long long)slot_bytes, strerror(-status));
     e->stats.arena_bytes = e->slots.arena.bytes;
     e->shared.stats = e->stats;
-    if (open_records(e) != 0) return fail(err, ENOMEM, "no memory for %u operations", options->max_ops);
-    status = open_io(e, err);
+    status = open_copier(e, err);
     if (status != 0) return status;
-    e->copy = kvo_copy_open(e->kick_fd);
-    if (e->copy == NULL) return fail(err, EAGAIN, "the copy thread could not be started");
+    if (open_records(e) != 0) return fail(err, ENOMEM, "no memory for %u operations", options->max_ops);
     return 0;
 }
 
 /* Frees what was opened, from the last to the first. The pump does not run. */
 static void close_parts(kvo_engine *e) {
-    if (e->copy != NULL) kvo_copy_close(e->copy);
-    if (e->left_behind) return; /* the kernel, or a thread in it, still uses the rest */
+    if (e->copier != NULL && !e->copier->close(e->copier)) e->left_behind = true;
+    if (e->left_behind) return; /* kernel, device, or a thread in one of them still use the rest */
     if (e->io != NULL) e->io->close(e->io);
+    if (e->buffered != NULL) e->buffered->close(e->buffered);
     if (e->growers != NULL) e->growers->close(e->growers);
     for (uint32_t i = 0; i < e->file_count; i++) kvo_file_close(&e->files[i].file);
     kvo_slots_close(&e->slots);
@@ -117,6 +118,19 @@ static void close_parts(kvo_engine *e) {
     free(e);
 }
 
+static int start_pump(kvo_engine *e, char err[KVO_ERR_BYTES]) {
+    int error = pthread_create(&e->pump, NULL, kvo_pump, e);
+    if (error != 0) return fail(err, error, "the engine's thread could not be started: %s", strerror(error));
+    pthread_mutex_lock(&e->shared.lock);
+    while (!e->shared.started) pthread_cond_wait(&e->shared.completed, &e->shared.lock);
+    pthread_mutex_unlock(&e->shared.lock);
+    if (e->io != NULL) return 0;
+    pthread_join(e->pump, NULL);
+    if (e->options.io_backend == KVO_IO_URING)
+        return fail(err, ENOTSUP, "io_uring cannot be used (%s); io_backend \"auto\" or \"threads\" can", e->io_reason);
+    return fail(err, EAGAIN, "the threads for file I/O could not be started");
+}
+
 int kvo_open(kvo_engine **engine, const kvo_options *options, char err[KVO_ERR_BYTES]) {
     *engine = NULL;
     int status = check_options(options, err);
@@ -128,10 +142,7 @@ int kvo_open(kvo_engine **engine, const kvo_options *options, char err[KVO_ERR_B
     status = open_shared(&e->shared, options->max_ops) != 0
                  ? fail(err, ENOMEM, "no memory for %u operations", options->max_ops)
                  : open_parts(e, err);
-    if (status == 0) {
-        int error = pthread_create(&e->pump, NULL, kvo_pump, e);
-        if (error != 0) status = fail(err, error, "the engine's thread could not be started: %s", strerror(error));
-    }
+    if (status == 0) status = start_pump(e, err);
     if (status != 0) {
         close_parts(e);
         return status;
@@ -201,6 +212,22 @@ static void close_files(kvo_engine *e, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) kvo_file_close(&e->files[i].file);
 }
 
+/* Opens the threads that files need, and gives each file the drives that serve it. Buffered I/O is copying, which
+ * io_uring would do on the pump's thread; a pool shares it among processors. */
+static bool open_drives(kvo_engine *e, uint32_t count) {
+    bool direct = true;
+    for (uint32_t i = 0; i < count; i++) direct = direct && e->files[i].file.direct;
+    e->growers = kvo_io_threads_open(count, e->kick_fd);
+    if (!direct && !e->io->threaded) e->buffered = kvo_io_threads_open(e->options.io_depth, e->kick_fd);
+    if (e->growers == NULL || (!direct && !e->io->threaded && e->buffered == NULL)) return false;
+    for (uint32_t i = 0; i < count; i++) {
+        kvo_store_file *files = &e->files[i];
+        files->drives = files->file.direct || e->io->threaded ? e->io : e->buffered;
+        files->depth = files->drives->depth > count ? files->drives->depth / count : 1;
+    }
+    return true;
+}
+
 int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t slot_count,
                const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]) {
     if (e->file_count != 0) return fail(err, EINVAL, "slot files are attached already");
@@ -218,13 +245,11 @@ int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t
             return status;
         }
     }
-    e->growers = kvo_io_threads_open(count, e->kick_fd);
-    if (e->growers == NULL) {
+    if (!open_drives(e, count)) {
         close_files(e, count);
-        return fail(err, EAGAIN, "the threads that make slot files grow could not be started");
+        return fail(err, EAGAIN, "the threads for slot files could not be started");
     }
     e->file_count = count;
-    e->file_depth = e->io->depth > count ? e->io->depth / count : 1;
     pthread_mutex_lock(&e->shared.lock);
     e->shared.slot_count = slot_count;
     pthread_mutex_unlock(&e->shared.lock);
@@ -253,10 +278,13 @@ static bool is_well_formed(const kvo_engine *e, const kvo_op *op, const kvo_op *
 }
 
 int kvo_submit(kvo_engine *e, const kvo_op *ops, uint32_t count, uint64_t stream) {
-    (void)stream; /* a KV cache in host memory is written when the caller says so */
-    for (uint32_t i = 0; i < count; i++)
+    bool copies = false;
+    for (uint32_t i = 0; i < count; i++) {
         if (!is_well_formed(e, &ops[i], i > 0 && ops[i - 1].flags == KVO_LINK ? &ops[i - 1] : NULL)) return -EINVAL;
+        copies |= ops[i].kind == KVO_COPY_OUT || ops[i].kind == KVO_COPY_IN;
+    }
     if (count > 0 && ops[count - 1].flags == KVO_LINK) return -EINVAL;
+    uint64_t fence = copies ? e->copier->fence(e->copier, stream) : 0;
 
     kvo_shared *shared = &e->shared;
     uint64_t now = kvo_now_us();
@@ -265,7 +293,7 @@ int kvo_submit(kvo_engine *e, const kvo_op *ops, uint32_t count, uint64_t stream
     uint32_t taken = count < room ? count : room;
     if (taken > 0 && ops[taken - 1].flags == KVO_LINK) taken--; /* whole chains */
     for (uint32_t i = 0; i < taken; i++)
-        shared->submissions[kvo_ring_push(&shared->submitted)] = (kvo_submission){ops[i], now};
+        shared->submissions[kvo_ring_push(&shared->submitted)] = (kvo_submission){ops[i], now, fence};
     shared->outstanding += taken;
     pthread_mutex_unlock(&shared->lock);
     if (taken > 0) eventfd_write(e->kick_fd, 1);
@@ -316,8 +344,10 @@ __attribute__((format(printf, 3, 4))) static size_t add_line(char *out, size_t b
 
 void kvo_describe(kvo_engine *e, char *out, size_t bytes) {
     const kvo_arena *arena = &e->slots.arena;
-    size_t at = add_line(out, bytes, "io: %s (%s), depth %u\ncopy: host memory, 1 thread\n", e->io->name, e->io_reason,
-                         e->io->depth);
+    char copier[512];
+    e->copier->describe(e->copier, copier, sizeof copier);
+    size_t at =
+        add_line(out, bytes, "io: %s (%s), depth %u\ncopy: %s\n", e->io->name, e->io_reason, e->io->depth, copier);
     uint64_t huge = kvo_arena_huge_bytes(arena);
     pthread_mutex_lock(&e->shared.lock);
     e->shared.huge_bytes = huge;
@@ -332,9 +362,10 @@ void kvo_describe(kvo_engine *e, char *out, size_t bytes) {
                        huge_mib);
     for (uint32_t i = 0; i < e->file_count; i++) {
         const kvo_file *file = &e->files[i].file;
-        if (file->direct) at += add_line(out + at, bytes - at, "file %s: O_DIRECT\n", file->path);
+        if (file->direct)
+            at += add_line(out + at, bytes - at, "file %s: O_DIRECT\n", file->path);
         else
-            at += add_line(out + at, bytes - at, "file %s: buffered, O_DIRECT refused (%s)\n", file->path,
-                           strerror(file->direct_error));
+            at += add_line(out + at, bytes - at, "file %s: buffered by threads, O_DIRECT refused (%s)\n",
+                           file->path, strerror(file->direct_error));
     }
 }

@@ -47,12 +47,15 @@ bool kvo_slots_hold(const kvo_slots *slots, uint32_t physical, const kvo_block *
 
 /* An operation on its way. */
 typedef struct kvo_record {
+    struct kvo_engine *engine;
     kvo_op op;
     uint64_t submitted, deadline; /* monotonic, us */
+    uint64_t fence;               /* of a copy; see copy.h */
     struct kvo_record *previous, *next;
     struct kvo_record *linked; /* the COPY_IN that waits for this READ */
     uint32_t physical;         /* the physical slot it uses, or KVO_NO_SLOT */
-    bool abandoned;            /* completed by its timeout, but the kernel is not done */
+    bool sealed;               /* a WRITE: ahead of its turn */
+    bool abandoned;            /* completed by its timeout, but kernel or device are not done */
     union {
         kvo_io io;
         kvo_copy_job copy;
@@ -66,12 +69,14 @@ typedef struct {
 
 typedef struct {
     kvo_op op;
-    uint64_t submitted;
+    uint64_t submitted, fence;
 } kvo_submission;
 
 /* A slot file, what is in flight on it and its growth. */
 typedef struct {
     kvo_file file;
+    kvo_drives *drives;     /* that serve it */
+    uint32_t depth;         /* reads and writes in flight on it, so that a stuck drive leaves places for others */
     uint32_t reads, writes; /* in flight, abandoned ones included */
     kvo_io growth;
     uint32_t needed, wanted; /* slots it shall have room for, at least and at best; 0 while it does not grow */
@@ -81,7 +86,7 @@ typedef struct {
 /* What pump and callers share, under one lock that is held for copying only. */
 typedef struct {
     pthread_mutex_t lock;
-    pthread_cond_t completed; /* or drained */
+    pthread_cond_t completed; /* or started, or drained */
     kvo_submission *submissions;
     kvo_completion *completions;
     kvo_ring submitted, done;
@@ -89,6 +94,7 @@ typedef struct {
     uint32_t slot_count;  /* SSD slots; 0 until files are attached */
     kvo_stats_t stats;
     uint64_t huge_bytes;
+    bool started; /* the pump has opened file I/O, or failed to */
     bool stop;    /* asks the pump to end */
     bool drained; /* the pump did, and uses nothing of the engine any more */
 } kvo_shared;
@@ -106,25 +112,25 @@ struct kvo_engine {
     uint32_t groups;
     kvo_store_file files[KVO_FILES_MAX];
     uint32_t file_count;
-    uint32_t file_depth; /* reads and writes in flight on one file, so that a stuck drive leaves places for others */
-    kvo_drives *growers; /* a thread for each file */
+    kvo_drives *growers;  /* a thread for each file */
+    kvo_drives *buffered; /* serve files without direct I/O where io_uring serves the others; else NULL */
     uint8_t fingerprint[KVO_FINGERPRINT_BYTES];
 
     /* The pump's own. */
-    kvo_drives *io;
-    kvo_copy *copy;
+    kvo_drives *io; /* by which it waits, too */
+    kvo_copier *copier;
     kvo_slots slots;
     kvo_record *records;
     kvo_list unused, queued[4], running, abandoned;
     kvo_completion *finished; /* not yet handed to the callers */
     uint32_t finished_count;
-    uint32_t reads, writes, copies; /* in flight; reads and writes include abandoned ones */
+    uint32_t reads, writes, copies[2]; /* in flight, abandoned ones included; copies by kind */
     uint32_t growths;
     uint32_t slot_count;    /* of kvo_shared */
-    uint64_t summed;        /* bytes checksummed in this turn of the pump */
     uint64_t next_deadline; /* none is earlier */
     kvo_stats_t stats;
-    bool left_behind; /* the kernel did not finish before close; its memory must stay */
+    bool more;        /* there may be more to reap */
+    bool left_behind; /* kernel or device did not finish before close; their memory must stay */
 
     char io_reason[128];
 };

@@ -2,6 +2,8 @@
  * no io_uring. Everywhere such a pool makes slot files grow, which takes several calls that may block. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <limits.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -45,7 +47,7 @@ static kvo_io *take(io_list *list) {
 bool kvo_io_advance(kvo_io *io, int64_t outcome) {
     if (outcome == -EINTR || outcome == -EAGAIN) return false;
     io->result = outcome < 0 ? (int32_t)outcome : 0;
-    if (outcome < 0 || io->kind == KVO_IO_CALL) return true;
+    if (outcome < 0) return true;
     io->done += (uint64_t)outcome;
     if (io->done >= io->bytes) return true;
     /* Direct I/O continues at aligned places only; less than that is the end of the file, or of the device. */
@@ -57,7 +59,6 @@ bool kvo_io_advance(kvo_io *io, int64_t outcome) {
 }
 
 static int64_t transfer(const kvo_io *io) {
-    if (io->kind == KVO_IO_CALL) return io->call(io->owner);
     int64_t outcome;
     off_t at = (off_t)(io->offset + io->done);
     if (io->kind == KVO_IO_READ) outcome = pread(io->fd, io->buffer + io->done, io->bytes - io->done, at);
@@ -65,8 +66,20 @@ static int64_t transfer(const kvo_io *io) {
     return outcome < 0 ? -errno : outcome;
 }
 
-static void *work(void *argument) {
+static void perform(kvo_io *io) {
+    if (io->kind == KVO_IO_CALL) {
+        do io->result = io->work(io->owner);
+        while (io->result == -EINTR);
+        return;
+    }
+    if (io->kind == KVO_IO_WRITE && io->work != NULL) io->work(io->owner);
+    while (!kvo_io_advance(io, transfer(io))) continue;
+    if (io->kind == KVO_IO_READ && io->result == 0) io->result = io->work(io->owner);
+}
+
+static void *run(void *argument) {
     io_pool *pool = argument;
+    pthread_setname_np(pthread_self(), "kvo-io");
     pthread_mutex_lock(&pool->lock);
     while (!pool->stop) {
         kvo_io *io = take(&pool->todo);
@@ -75,7 +88,7 @@ static void *work(void *argument) {
             continue;
         }
         pthread_mutex_unlock(&pool->lock);
-        while (!kvo_io_advance(io, transfer(io))) continue;
+        perform(io);
         pthread_mutex_lock(&pool->lock);
         bool first = pool->done.first == NULL;
         append(&pool->done, io);
@@ -93,17 +106,21 @@ static void pool_start(kvo_drives *self, kvo_io *io) {
     pthread_mutex_unlock(&pool->lock);
 }
 
-static bool pool_flush(kvo_drives *self) {
-    (void)self; /* started is on its way */
-    return true;
-}
-
 static kvo_io *pool_reap(kvo_drives *self) {
     io_pool *pool = (io_pool *)self;
     pthread_mutex_lock(&pool->lock);
     kvo_io *io = take(&pool->done);
     pthread_mutex_unlock(&pool->lock);
     return io;
+}
+
+static void pool_wait(kvo_drives *self, uint64_t timeout_us) {
+    io_pool *pool = (io_pool *)self;
+    uint64_t ms = timeout_us / 1000 + (timeout_us % 1000 != 0);
+    struct pollfd kick = {.fd = pool->kick_fd, .events = POLLIN};
+    if (poll(&kick, 1, timeout_us == UINT64_MAX ? -1 : ms < INT_MAX ? (int)ms : INT_MAX) <= 0) return;
+    eventfd_t kicks;
+    eventfd_read(pool->kick_fd, &kicks);
 }
 
 static void pool_close(kvo_drives *self) {
@@ -122,7 +139,7 @@ kvo_drives *kvo_io_threads_open(uint32_t depth, int kick_fd) {
     io_pool *pool = calloc(1, sizeof *pool);
     if (pool == NULL) return NULL;
     pool->face = (kvo_drives){
-        .name = "threads", .start = pool_start, .flush = pool_flush, .reap = pool_reap, .close = pool_close};
+        .name = "threads", .threaded = true, .start = pool_start, .reap = pool_reap, .wait = pool_wait, .close = pool_close};
     pool->kick_fd = kick_fd;
     pool->todo.end = &pool->todo.first;
     pool->done.end = &pool->done.first;
@@ -132,7 +149,7 @@ kvo_drives *kvo_io_threads_open(uint32_t depth, int kick_fd) {
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, STACK_BYTES);
     uint32_t wanted = depth < THREADS_MAX ? depth : THREADS_MAX;
-    while (pool->threads < wanted && pthread_create(&pool->thread[pool->threads], &small, work, pool) == 0)
+    while (pool->threads < wanted && pthread_create(&pool->thread[pool->threads], &small, run, pool) == 0)
         pool->threads++;
     pthread_attr_destroy(&small);
     pool->face.depth = pool->threads;

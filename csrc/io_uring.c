@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,20 +24,42 @@ kvo_drives *kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, uint32_
 
 #include <liburing.h>
 
+#define WORK_AT_ONCE (512u << 10) /* bytes of work between two visits to the kernel, so that no drive waits long */
+#define RETRY_US 1000u            /* when the kernel is short of memory */
+
 typedef struct {
     kvo_drives face;
     struct io_uring ring;
+    int kick_fd;
+    eventfd_t kicks;            /* what the read below delivers */
+    bool armed;                 /* a read of kick_fd is in the ring, so that one system call waits for everything */
     kvo_io *again, **again_end; /* started, or short, and not in the submission queue yet */
 } uring;
 
-/* Puts what waits into the submission queue as far as it has room. */
+static kvo_io *take(uring *self) {
+    kvo_io *io = self->again;
+    self->again = io->next;
+    if (self->again == NULL) self->again_end = &self->again;
+    return io;
+}
+
+/* Puts what waits into the submission queue as far as it has room, and hands it over where work would delay it. */
 static void prepare(uring *self) {
+    uint64_t worked = 0;
     while (self->again != NULL) {
+        kvo_io *io = self->again;
+        bool has_work = io->kind == KVO_IO_WRITE && io->done == 0 && io->work != NULL;
+        if (has_work && worked + io->bytes > WORK_AT_ONCE) {
+            io_uring_submit(&self->ring); /* should it fail, the next visit tries again */
+            worked = 0;
+        }
         struct io_uring_sqe *sqe = io_uring_get_sqe(&self->ring);
         if (sqe == NULL) return;
-        kvo_io *io = self->again;
-        self->again = io->next;
-        if (self->again == NULL) self->again_end = &self->again;
+        take(self);
+        if (has_work) {
+            io->work(io->owner);
+            worked += io->bytes;
+        }
         uint8_t *at = io->buffer + io->done;
         uint64_t left = io->bytes - io->done, offset = io->offset + io->done;
         unsigned length = left < (1u << 30) ? (unsigned)left : 1u << 30; /* the kernel's counts are 32 bits wide */
@@ -53,27 +76,47 @@ static void uring_start(kvo_drives *face, kvo_io *io) {
     self->again_end = &io->next;
 }
 
-static bool uring_flush(kvo_drives *face) {
+static void arm(uring *self) {
+    struct io_uring_sqe *sqe = self->armed ? NULL : io_uring_get_sqe(&self->ring);
+    if (sqe == NULL) return;
+    io_uring_prep_read(sqe, self->kick_fd, &self->kicks, sizeof self->kicks, 0);
+    io_uring_sqe_set_data(sqe, self);
+    self->armed = true;
+}
+
+static void uring_wait(kvo_drives *face, uint64_t timeout_us) {
     uring *self = (uring *)face;
+    arm(self);
     prepare(self);
-    while (io_uring_sq_ready(&self->ring) > 0) {
-        int sent = io_uring_submit(&self->ring);
-        if (sent == -EINTR) continue;
-        if (sent <= 0) return false;
-        prepare(self);
-    }
-    return true;
+    bool all = self->armed && self->again == NULL;
+    if (!all && timeout_us > RETRY_US) timeout_us = RETRY_US;
+    struct __kernel_timespec timeout = {.tv_sec = (int64_t)(timeout_us / 1000000u),
+                                        .tv_nsec = (long long)(timeout_us % 1000000u) * 1000};
+    struct io_uring_cqe *cqe;
+    int error = timeout_us == 0 ? io_uring_submit_and_get_events(&self->ring)
+                                : io_uring_submit_and_wait_timeout(&self->ring, &cqe, 1,
+                                                                   timeout_us == UINT64_MAX ? NULL : &timeout, NULL);
+    if (error == -EAGAIN || error == -EBUSY || error == -ENOMEM) usleep(RETRY_US);
 }
 
 static kvo_io *uring_reap(kvo_drives *face) {
     uring *self = (uring *)face;
     struct io_uring_cqe *cqe;
     while (io_uring_peek_cqe(&self->ring, &cqe) == 0) {
-        kvo_io *io = io_uring_cqe_get_data(cqe);
+        void *data = io_uring_cqe_get_data(cqe);
         int outcome = cqe->res;
         io_uring_cqe_seen(&self->ring, cqe);
-        if (kvo_io_advance(io, outcome)) return io;
-        uring_start(face, io);
+        if (data == self) {
+            self->armed = false;
+            continue;
+        }
+        kvo_io *io = data;
+        if (!kvo_io_advance(io, outcome)) {
+            uring_start(face, io);
+            continue;
+        }
+        if (io->kind == KVO_IO_READ && io->result == 0) io->result = io->work(io->owner);
+        return io;
     }
     return NULL;
 }
@@ -84,14 +127,20 @@ static void uring_close(kvo_drives *face) {
     free(self);
 }
 
+static int32_t no_work(void *owner) {
+    (void)owner;
+    return 0;
+}
+
 static int run_one(uring *self, kvo_io *io) {
     uring_start(&self->face, io);
-    do {
-        if (!uring_flush(&self->face)) return -EAGAIN;
+    prepare(self);
+    while (uring_reap(&self->face) == NULL) {
         struct io_uring_cqe *cqe;
-        int error = io_uring_wait_cqe(&self->ring, &cqe);
-        if (error != 0 && error != -EINTR) return error;
-    } while (uring_reap(&self->face) == NULL);
+        int error = io_uring_submit_and_wait_timeout(&self->ring, &cqe, 1, NULL, NULL);
+        if (error < 0 && error != -EINTR) return error;
+        prepare(self);
+    }
     return io->result;
 }
 
@@ -101,13 +150,17 @@ static int probe(uring *self) {
     if (fd < 0) return -errno;
     uint8_t out[KVO_ALIGNMENT], in[KVO_ALIGNMENT] = {0};
     memset(out, 0x5a, sizeof out);
-    kvo_io steps[] = {{.kind = KVO_IO_WRITE, .fd = fd, .buffer = out, .bytes = sizeof out},
-                      {.kind = KVO_IO_READ, .fd = fd, .buffer = in, .bytes = sizeof in}};
+    kvo_io steps[] = {{.kind = KVO_IO_WRITE, .fd = fd, .buffer = out, .bytes = sizeof out, .work = no_work},
+                      {.kind = KVO_IO_READ, .fd = fd, .buffer = in, .bytes = sizeof in, .work = no_work}};
     int status = 0;
     for (unsigned i = 0; i < sizeof steps / sizeof *steps && status == 0; i++) status = run_one(self, &steps[i]);
     close(fd);
     return status == 0 && memcmp(out, in, sizeof out) != 0 ? -EIO : status;
 }
+
+/* What the kernel has to do for a completion it does when we visit it, not by interrupting a processor: for kernels
+ * from 6.1 on. */
+#define QUIET (IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG)
 
 kvo_drives *kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, uint32_t reason_bytes) {
     uring *self = calloc(1, sizeof *self);
@@ -115,18 +168,19 @@ kvo_drives *kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, uint32_
     self->face = (kvo_drives){.name = "io_uring",
                               .depth = depth,
                               .start = uring_start,
-                              .flush = uring_flush,
                               .reap = uring_reap,
+                              .wait = uring_wait,
                               .close = uring_close};
+    self->kick_fd = kick_fd;
     self->again_end = &self->again;
-    int error = io_uring_queue_init(depth, &self->ring, 0);
+    int error = io_uring_queue_init(depth + 1, &self->ring, QUIET);
+    if (error == -EINVAL) error = io_uring_queue_init(depth + 1, &self->ring, 0);
     if (error != 0) {
         snprintf(reason, reason_bytes, "io_uring refused: %s", strerror(-error));
         free(self);
         return NULL;
     }
     error = probe(self);
-    if (error == 0) error = io_uring_register_eventfd(&self->ring, kick_fd);
     if (error != 0) {
         snprintf(reason, reason_bytes, "io_uring failed its probe: %s", strerror(-error));
         uring_close(&self->face);

@@ -4,10 +4,12 @@
  * what goes where and keeps the index. An array of operations goes in, an array of completions comes out.
  *
  * Promises
- *  - Every accepted operation completes exactly once, with a status, before its timeout plus KVO_GRACE_US.
+ *  - Every accepted operation completes exactly once, with a status, before its timeout plus KVO_GRACE_US. But a COPY_IN
+ *    that has begun is waited for, however long it takes: a KV block belongs to the caller again when it completes, and
+ *    the engine could not keep the copy from writing to it then.
  *  - A READ or COPY_IN that completes with 0 delivered exactly the bytes stored under that key and generation.
  *  - An operation that timed out can not touch memory that was since given to another: the engine keeps the
- *    memory aside until the kernel is done with it.
+ *    memory aside until the kernel, or the device, is done with it. A COPY_OUT may still read its KV block, to no effect.
  *  - Nothing is allocated after kvo_open, kvo_bind and kvo_attach; every queue is bounded; an idle engine sleeps.
  *
  * Threads: kvo_submit, kvo_poll, kvo_wait and kvo_stats may be called from any thread, one at a time each.
@@ -26,6 +28,7 @@
 #define KVO_KEY_BYTES 40
 #define KVO_FINGERPRINT_BYTES 16
 #define KVO_NO_SLOT UINT32_MAX
+#define KVO_NO_DEVICE (-1)
 #define KVO_GRACE_US 100000u
 #define KVO_ERR_BYTES 256
 
@@ -33,7 +36,8 @@ enum kvo_kind { KVO_COPY_OUT = 0, KVO_COPY_IN = 1, KVO_WRITE = 2, KVO_READ = 3 }
 enum kvo_flag { KVO_LINK = 1 };
 enum kvo_io_backend { KVO_IO_AUTO = 0, KVO_IO_URING = 1, KVO_IO_THREADS = 2 };
 
-/* Where one layer's bytes of block b lie in the KV cache: [base + b * stride, + bytes). */
+/* Where one layer's bytes of block b lie in the KV cache: [base + b * stride, + bytes). Addresses of the device's memory
+ * if the engine was opened for one. */
 typedef struct {
     uint64_t base;
     uint64_t stride;
@@ -77,6 +81,8 @@ typedef struct {
  *   -ETIMEDOUT  the timeout passed
  *   -ECANCELED  the operation it was linked to failed
  *   -ENXIO      no slot files attached
+ *   -EIO        a drive or the device failed. A device that is lost fails all copies from then on, at once. What it may
+ *               still read or write in the arena stays aside for good; in the KV cache the engine has no such means.
  * usec: from submission to completion. */
 typedef struct {
     uint64_t id;
@@ -91,18 +97,21 @@ typedef struct {
     uint32_t max_ops;     /* operations accepted and not yet polled */
     uint32_t io_depth;    /* reads and writes in the drives at once; on each of n slot files io_depth / n, at least 1 */
     int io_backend;       /* enum kvo_io_backend */
+    int32_t device;       /* CUDA device (ordinal) whose memory holds the KV cache; KVO_NO_DEVICE: host memory */
 } kvo_options;
 
 typedef struct {
     uint64_t ops[4], failed[4], bytes[4], usec[4]; /* per kind; bytes and times of those that succeeded */
     uint64_t queued, in_flight;                    /* now */
-    uint64_t abandoned;                            /* timed out while the kernel still works on them, now */
+    uint64_t abandoned;                            /* timed out while kernel or device still work on them, now */
     uint64_t arena_bytes, huge_bytes;              /* mapped; of these on huge pages when kvo_describe last looked */
 } kvo_stats_t;
 
 typedef struct kvo_engine kvo_engine;
 
-/* Opens an engine: maps the arena, starts its threads, probes io_uring. 0 or -errno with one sentence in err. */
+/* Opens an engine: maps the arena, starts its threads, probes io_uring. 0 or -errno with one sentence in err. With a
+ * device it opens CUDA's driver, uses the device's primary context and pins the arena, which takes about 0.1 s a GB:
+ * -ENODEV if there is no such device or driver, -ENOMEM if the memory cannot be pinned. */
 int kvo_open(kvo_engine **engine, const kvo_options *options, char err[KVO_ERR_BYTES]);
 
 /* Tells where the KV cache lies. regions of group g: regions[first[g] .. first[g + 1]). Once, before the first submit.
@@ -119,7 +128,9 @@ int kvo_attach(kvo_engine *engine, const char *const *paths, uint32_t count, uin
                const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]);
 
 /* Takes operations from the front of ops, as many whole chains as there is room for, and returns how many operations
- * that is. COPY_OUT and COPY_IN start after the work now in `stream` (a CUDA stream, 0 for none).
+ * that is. With a device, COPY_OUT and COPY_IN start after the work now in `stream`, a CUDA stream of the device's primary
+ * context; 0 is CUDA's legacy default stream, which is torch's too, not the lack of one. They complete with -EIO if that
+ * order cannot be had (a broken stream, one that is being captured). Without a device `stream` is ignored.
  * -EINVAL, with nothing taken: an operation is malformed (kind, flags, slot, group or key out of range). */
 int kvo_submit(kvo_engine *engine, const kvo_op *ops, uint32_t count, uint64_t stream);
 
@@ -134,8 +145,8 @@ void kvo_stats(kvo_engine *engine, kvo_stats_t *out);
 /* What was found by probing, one finding a line ("io: io_uring", "files: O_DIRECT refused (EINVAL), buffered"). */
 void kvo_describe(kvo_engine *engine, char *out, size_t bytes);
 
-/* Stops the threads, completes nothing more, frees everything the kernel is not still working on. Waits for drives for
- * 2 s at most. */
+/* Stops the threads, completes nothing more, frees everything that kernel or device are not still working on. Waits for
+ * drives and device for 2 s at most; unpinning the arena takes the driver a while of its own. */
 void kvo_close(kvo_engine *engine);
 
 #endif

@@ -49,9 +49,11 @@ static int get_items(PyObject *source, Py_buffer *view, int flags, size_t item_b
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     unsigned long long payload_bytes;
     kvo_options options = {0};
-    static char *names[] = {"payload_bytes", "dram_slots", "spare_slots", "max_ops", "io_depth", "io_backend", NULL};
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "KIIIIi", names, &payload_bytes, &options.dram_slots,
-                                     &options.spare_slots, &options.max_ops, &options.io_depth, &options.io_backend))
+    static char *names[] = {"payload_bytes", "dram_slots", "spare_slots", "max_ops",
+                            "io_depth",      "io_backend", "device",      NULL};
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "KIIIIii", names, &payload_bytes, &options.dram_slots,
+                                     &options.spare_slots, &options.max_ops, &options.io_depth, &options.io_backend,
+                                     &options.device))
         return NULL;
     options.payload_bytes = payload_bytes;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);

@@ -20,6 +20,7 @@ if (OP_DTYPE.itemsize, COMPLETION_DTYPE.itemsize) != (_core.OP_BYTES, _core.COMP
 
 _IO_BACKENDS = {"auto": 0, "io_uring": 1, "threads": 2}
 _WAIT_MAX_S = 1e9
+_NO_DEVICE = -1
 
 
 class Engine:
@@ -31,9 +32,11 @@ class Engine:
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        """Raises ValueError for options out of range, OSError if memory, threads or the asked I/O cannot be had."""
+        """Raises ValueError for options out of range, OSError if memory, threads, the asked I/O or the device cannot be had."""
         if options.io_backend not in _IO_BACKENDS:
             raise ValueError(f"io_backend is {options.io_backend!r}, expected one of {', '.join(_IO_BACKENDS)}")
+        if options.device is not None and options.device < 0:
+            raise ValueError(f"device is {options.device}, expected a CUDA device's number, or None for host memory")
         self.options = options
         self._core = _core.CoreEngine(
             options.payload_bytes,
@@ -42,6 +45,7 @@ class Engine:
             options.max_ops,
             options.io_depth,
             _IO_BACKENDS[options.io_backend],
+            _NO_DEVICE if options.device is None else options.device,
         )
 
     def __enter__(self) -> Self:
@@ -75,8 +79,9 @@ class Engine:
     def submit(self, ops: np.ndarray, stream: int = 0) -> int:
         """Hand over operations (an array of OP_DTYPE) from the front, as many whole chains as there is room for.
 
-        Returns how many were accepted. Copies start after the work now in CUDA stream `stream` (0: none). Raises
-        ValueError, with nothing accepted, if an operation is malformed.
+        Returns how many were accepted. With a device, copies start after the work now in CUDA stream `stream` (0 is the
+        legacy default stream, which is torch's too); without one, `stream` is ignored. Raises ValueError, with nothing
+        accepted, if an operation is malformed.
         """
         if ops.dtype != OP_DTYPE:
             raise ValueError(f"operations are an array of {ops.dtype}, expected OP_DTYPE")
@@ -103,5 +108,5 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads and free the memory. Operations under way may or may not take effect; none completes
-        any more. May take up to 2 s if a drive does not answer. Closing twice is fine."""
+        any more. May take up to 2 s if a drive or the device does not answer. Closing twice is fine."""
         self._core.close()

@@ -6,7 +6,14 @@ FORMAT_VERSION: int
 
 class CoreEngine:
     def __new__(
-        cls, payload_bytes: int, dram_slots: int, spare_slots: int, max_ops: int, io_depth: int, io_backend: int
+        cls,
+        payload_bytes: int,
+        dram_slots: int,
+        spare_slots: int,
+        max_ops: int,
+        io_depth: int,
+        io_backend: int,
+        device: int,
     ) -> CoreEngine: ...
     def bind(self, regions: Buffer, first: Buffer) -> None: ...
     def attach(self, paths: tuple[bytes, ...], slot_count: int, fingerprint: bytes) -> None: ...

@@ -87,6 +87,8 @@ class ReferenceEngine:
     """See `kvoffload.engine.Engine`."""
 
     def __init__(self, options: EngineOptions) -> None:
+        if options.device is not None:
+            raise ValueError(f"device is {options.device}, but the reference engine knows a KV cache in host memory only")
         self.options = options
         self._groups: list[list[Region]] = []
         self._files: list[Any] = []

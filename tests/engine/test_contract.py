@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -198,7 +197,7 @@ def test_bind_refuses_blocks_larger_than_a_slot_and_a_second_call(name: str) -> 
 
 @pytest.mark.parametrize("first", ([0, 10**6, 2], [0, 2**32 - 1, 2], [0], [], [0, 1], [0, 0, 2], [1, 2]))
 def test_bind_refuses_indexes_that_lead_beyond_the_regions(first: list[int]) -> None:
-    core = _core.CoreEngine(PAYLOAD_BYTES, DRAM_SLOTS, 4, 64, 8, 2)
+    core = _core.CoreEngine(PAYLOAD_BYTES, DRAM_SLOTS, 4, 64, 8, 2, -1)
     regions = np.array([[4096, 0, 8], [4096, 0, 8]], np.uint64)
     with pytest.raises(ValueError, match="no regions|begin with 0 and end with the number of regions"):
         core.bind(regions, np.array(first, np.uint32))
@@ -394,16 +393,6 @@ def test_a_file_system_in_memory_is_served_and_its_direct_io_told(name: str) -> 
         for path in files.paths:
             os.unlink(path)
         folder.rmdir()
-
-
-@c_engine
-def test_an_idle_engine_sleeps(tmp_path: Path, name: str) -> None:
-    with open_engine(name, KVCache(), make_files(tmp_path)) as engine:
-        assert run_one(engine, copy_out(1, 0)) == 0
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        time.sleep(1)
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5, "a spinning thread takes 1.0"
 
 
 @every_engine
