@@ -8,7 +8,7 @@ import errno
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,7 +43,7 @@ class Engine(Protocol):
 
     def attach(self, files: SlotFiles) -> None: ...
 
-    def submit(self, ops: np.ndarray) -> int: ...
+    def submit(self, ops: np.ndarray, stream: int = 0) -> int: ...
 
     def poll(self, max_completions: int = BATCH_MAX) -> np.ndarray: ...
 
@@ -116,13 +116,22 @@ class BlockList:
         }
 
 
-class Worker:
-    """One rank's transfers. `group_bytes[g]`: bytes of a block of group g on this rank."""
+def no_stream() -> int:
+    return 0
 
-    def __init__(self, engine: Engine, rank: int, group_bytes: list[int]):
+
+class Worker:
+    """One rank's transfers. `group_bytes[g]`: bytes of a block of group g on this rank.
+
+    `current_stream` gives the handle of the stream after whose present work copies may begin. It is asked again at every
+    hand-over to the engine: operations that found no room at first start after later work then, which is right too.
+    """
+
+    def __init__(self, engine: Engine, rank: int, group_bytes: list[int], current_stream: Callable[[], int] = no_stream):
         self._engine = engine
         self._rank = rank
         self._group_bytes = group_bytes
+        self._current_stream = current_stream
         self._next_op = 0
         self._load_ops = 0  # in the engine
         self._pending: dict[int, Pending] = {}
@@ -257,7 +266,7 @@ class Worker:
             if not len(offered):
                 return
             offered["timeout_us"] = int(left_s * 1e6) or 1
-            accepted = self._engine.submit(offered)
+            accepted = self._engine.submit(offered, self._current_stream())
             self._load_ops += accepted if loads else 0
             batch.ops = batch.ops[accepted:]
             if not len(batch.ops):

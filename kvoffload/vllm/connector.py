@@ -7,8 +7,11 @@ It adds failed loads that are recomputed instead of asserted, and our own traffi
 import logging
 from typing import TYPE_CHECKING, Any
 
+from kvoffload.vllm import contract  # before what only a vLLM of its window has
+
+# isort: split
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -48,15 +51,16 @@ def adopt(config: "VllmConfig") -> None:
     transfer.kv_load_failure_policy = "recompute"
 
 
-def refuse_unsupported(config: "VllmConfig") -> None:
+def refuse_unsupported(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
     """ConfigError for deployments that would otherwise fail, or worse, later."""
+    contract.refuse_unsupported(config, kv_cache_config)
     if config.parallel_config.pipeline_parallel_size > 1:
         # Stages may differ in layers, so in the size of a block, and the scheduler sees one stage only.
         raise ConfigError("kvoffload does not support pipeline parallelism: use tensor parallelism instead")
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):  # ROCm calls its device type "cuda"
         raise ConfigError(
-            f"kvoffload cannot copy KV blocks from {current_platform.device_type} memory yet, only from vLLM's CPU "
-            "platform: set disable_kv_cache=true"
+            f"kvoffload cannot copy KV blocks on vLLM's {current_platform._enum.name} platform, only on CUDA and CPU: "
+            "set disable_kv_cache=true"
         )
 
 
@@ -65,7 +69,7 @@ class KVOffloadConnector(OffloadingConnector):
         adopt(vllm_config)
         settings = user_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         if settings.enabled:
-            refuse_unsupported(vllm_config)
+            refuse_unsupported(vllm_config, kv_cache_config)
         if settings.disable_gpu_reuse and settings.enabled:
             # vLLM's scheduler makes its KV-cache manager after the connector: no prefix hits in GPU memory then.
             vllm_config.cache_config.enable_prefix_caching = False
@@ -78,11 +82,12 @@ class KVOffloadConnector(OffloadingConnector):
             spec = self.connector_worker.spec
             assert isinstance(spec, KVOffloadSpec)
             spec.geometry = geometry
-            self.connector_worker = ConnectorWorker(spec, vllm_config, kv_cache_config)
+            self.connector_worker = ConnectorWorker(spec, *contract.worker_arguments(vllm_config, kv_cache_config))
 
     @property
     def _manager(self) -> ManagerAdapter:
-        manager = self.scheduler.manager
+        assert self.connector_scheduler is not None
+        manager = self.connector_scheduler.manager
         assert isinstance(manager, ManagerAdapter)
         return manager
 
@@ -98,7 +103,7 @@ class KVOffloadConnector(OffloadingConnector):
         super().on_new_request(request)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        meta = self.scheduler.build_connector_meta(scheduler_output)
+        meta = super().build_connector_meta(scheduler_output)
         return KVOffloadMetadata(**vars(meta), plan=self._manager.take_plan())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
@@ -112,6 +117,10 @@ class KVOffloadConnector(OffloadingConnector):
         adopt(vllm_config)  # runs in the API server, where no connector is made
         return super().build_prom_metrics(vllm_config, *args, **kwargs)
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
+        return contract.preferred_layout() or super().get_required_kvcache_layout(vllm_config)
+
     # -- worker side ---------------------------------------------------------------------------------------------
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
@@ -119,26 +128,27 @@ class KVOffloadConnector(OffloadingConnector):
         self._worker.adapter.apply(self._connector_metadata.plan)
         super().start_load_kv(forward_context, **kwargs)
 
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        return self._worker.get_transfer_results(finished_req_ids)
+    # vLLM asks for failed loads once in a step: by request here, or, if it is too old to know this call, by block below.
+    def get_transfer_results(self, finished_req_ids: set[str]) -> "contract.TransferResults":
+        requests = dict(self._worker._load_jobs)  # get_finished forgets them
+        sent, received = self.get_finished(finished_req_ids)
+        failed = {requests[job] for job in self._worker.adapter.take_failed_loads() if job in requests}
+        return contract.TransferResults(sent, received, failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return {block for blocks in self._worker.adapter.take_failed_loads().values() for block in blocks}
 
     def build_connector_worker_meta(self) -> KVOffloadWorkerMetadata | None:
         return self._worker.build_connector_worker_meta() if self.connector_worker is not None else None
 
 
 class ConnectorWorker(OffloadingConnectorWorker):
-    """vLLM's worker half, with loads that may fail."""
+    """vLLM's worker half, with our report in its message."""
 
     @property
     def adapter(self) -> WorkerAdapter | OffWorker:
         assert isinstance(self.worker, WorkerAdapter | OffWorker)
         return self.worker
-
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        requests = dict(self._load_jobs)  # get_finished forgets them
-        sent, received = self.get_finished(finished_req_ids)
-        failed = {requests[job] for job in self.adapter.take_failed_jobs() if job in requests}
-        return KVConnectorTransferResults(sent, received, failed)
 
     def build_connector_worker_meta(self) -> KVOffloadWorkerMetadata | None:
         jobs = super().build_connector_worker_meta()

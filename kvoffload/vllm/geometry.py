@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import get_offloading_group_ids
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_offload.base import CanonicalKVCaches
 
 from kvoffload import layout
 from kvoffload.config import Config
+from kvoffload.errors import ConfigError
 from kvoffload.types import Region
+from kvoffload.vllm import contract
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,15 +36,13 @@ class Geometry:
 
     @classmethod
     def of(cls, config: "VllmConfig", offloading: "OffloadingConfig", kv_cache_config: KVCacheConfig) -> "Geometry":
-        groups = [kv_cache_config.kv_cache_groups[group] for group in get_offloading_group_ids(kv_cache_config)]
+        groups = [kv_cache_config.kv_cache_groups[group] for group in contract.get_offloading_group_ids(kv_cache_config)]
         tokens = config.scheduler_config.max_num_batched_tokens
-        parallel = config.parallel_config
         return cls(
             # Pages may be padded and layers may be packed into one page; a slot has room for either.
             payload_bytes=max([offloading.worker_kv_bytes_per_block, *(_group_bytes(group) for group in groups)]),
             ranks=offloading.parallel.world_size,
-            # vLLM resets data_parallel_size in engines that run by themselves, and keeps it here.
-            engines=max(parallel.data_parallel_size, parallel.elastic_ep_max_dp_size or 1),
+            engines=contract.engines(config.parallel_config),
             blocks_per_step=sum(math.ceil(tokens / group.tokens_per_block) for group in offloading.groups),
         )
 
@@ -66,3 +65,13 @@ def regions(kv_caches: CanonicalKVCaches) -> list[list[Region]]:
         ]
         for refs in kv_caches.group_data_refs
     ]
+
+
+def device_of(kv_caches: CanonicalKVCaches) -> int | None:
+    """The CUDA ordinal, in this process's counting, of the device whose memory holds the KV cache; None: host memory."""
+    devices = {tensor.tensor.device for tensor in kv_caches.tensors}
+    if len(devices) != 1:
+        named = ", ".join(sorted(map(str, devices))) or "none"
+        raise ConfigError(f"kvoffload needs one rank's KV cache on one device, not on {named}: set disable_kv_cache=true")
+    (device,) = devices
+    return device.index if device.type == "cuda" else None

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.version import __version__ as vllm_version
 
 from kvoffload.types import BlockKey
+from kvoffload.vllm import contract
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,11 +91,12 @@ def _hardware() -> list[str]:
 def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> dict[str, Any]:
     """The namespace's identity, in clear text and JSON-able. Anything that differs gives another namespace."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-    if "xxhash" in cache.prefix_caching_hash_algo and "PYTHONHASHSEED" not in os.environ:
+    if contract.draws_hash_seed(cache.prefix_caching_hash_algo) and "PYTHONHASHSEED" not in os.environ:
         logger.warning(
-            "kvoffload: with prefix_caching_hash_algo=%s vLLM draws a new hash seed at every start, so nothing is found "
-            "again after a restart; set PYTHONHASHSEED or use sha256",
+            "kvoffload: with prefix_caching_hash_algo=%s vLLM %s draws a new hash seed at every start, so nothing is found "
+            "again after a restart; set PYTHONHASHSEED, or use sha256 and vLLM 0.29 or newer",
             cache.prefix_caching_hash_algo,
+            vllm_version,
         )
     return {
         "model": model.model,
@@ -106,7 +108,7 @@ def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> d
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv_cache_dtype": str(cache.cache_dtype),
-        "kv_cache_layout": str(cache.kv_cache_layout),
+        "kv_cache_layout": contract.kv_cache_layout(config),
         "groups": [
             {"layers": list(group.layer_names), "spec": repr(group.kv_cache_spec)}
             for group in kv_cache_config.kv_cache_groups

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
-    Locality,
     LookupResult,
-    Medium,
     OffloadingManager,
     OffloadKey,
     OffloadPolicy,
@@ -24,7 +22,6 @@ from vllm.v1.kv_offload.base import (
     get_offload_group_idx,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvoffload.config import Config
 from kvoffload.errors import ConfigError
@@ -32,6 +29,7 @@ from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager
 from kvoffload.store import Store
 from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
+from kvoffload.vllm import contract
 from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.identity import LoraSalts, salted
 from kvoffload.vllm.transfer import SlotSpec
@@ -40,9 +38,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
-
-MEDIUM = {Tier.DRAM: Medium.CPU, Tier.SSD: Medium.STORAGE}
-SOURCE = {Tier.DRAM: CacheHitSource.HOST, Tier.SSD: CacheHitSource.DISK}
 
 
 @dataclass
@@ -98,7 +93,7 @@ class ManagerAdapter(OffloadingManager):
 
     def __init__(self, settings: Config, config: OffloadingConfig):
         self._settings = settings
-        self._group_numbers = {group.group_id: number for number, group in enumerate(config.groups)}
+        self._group_numbers = {group: number for number, group in enumerate(contract.group_ids(config))}
         self._store: Store | None = None
         self._attach: tuple[SlotFiles, ...] = ()
         self._transfers = count(1)
@@ -153,17 +148,17 @@ class ManagerAdapter(OffloadingManager):
             self._salts[request.request_id] = self._lora_salts.of(request.lora_request)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        req_context.set_state(Notes(self._salts.pop(req_context.req_id, b""), self._life))
+        contract.set_state(req_context, Notes(self._salts.pop(req_context.req_id, b""), self._life))
         # By default vLLM offers for storing what follows a loaded prefix. We take the whole request, so that blocks that
         # were dropped, evicted or damaged meanwhile are stored again; those that are held cost a look into a dict.
         return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
 
     def _notes(self, req_context: ReqContext) -> Notes:
-        notes = req_context.get_state(Notes)
+        notes = contract.get_state(req_context, Notes)
         assert notes is not None, "vLLM announces every request"
         if notes.life != self._life:
             notes = Notes(notes.salt, self._life)
-            req_context.set_state(notes)
+            contract.set_state(req_context, notes)
         return notes
 
     def _salt(self, req_context: ReqContext) -> bytes:
@@ -175,7 +170,7 @@ class ManagerAdapter(OffloadingManager):
 
     def _own_keys(self, req_context: ReqContext) -> list[BlockKey]:
         """All keys of a request by their position in it, over all groups."""
-        positions = req_context._offload_key_positions  # noted by vLLM for managers that want the order of a prefix
+        positions = contract.key_positions(req_context)
         return self._keys(sorted(positions, key=positions.__getitem__), req_context)
 
     # -- vLLM's questions and orders -----------------------------------------------------------------------------
@@ -184,16 +179,14 @@ class ManagerAdapter(OffloadingManager):
         if self._notes(req_context).recomputes:
             return LookupResult.MISS
         own_key = salted(key, self._salt(req_context))
-        allowed = req_context.load_tier_filter
-        if any(allowed.allows(MEDIUM[tier], Locality.LOCAL) for tier in self._core.tiers(own_key)):
+        if any(contract.may_load_from(tier, req_context) for tier in self._core.tiers(own_key)):
             self._core.lookup(own_key)
             return LookupResult.HIT
         self._core.counters["kvoffload_missed_lookups_total",] += 1
         return LookupResult.MISS
 
-    def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
-        tier = self._core.tier(*self._keys([key], req_context))
-        return SOURCE[tier] if tier else CacheHitSource.EXTERNAL_UNSPECIFIED
+    def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
+        return contract.HIT_SOURCES[self._core.tier(*self._keys([key], req_context))]
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> SlotSpec:
         own_keys = self._keys(keys, req_context)
@@ -221,7 +214,8 @@ class ManagerAdapter(OffloadingManager):
             return PrepareStoreOutput([], SlotSpec.of(0, []), [])
         salt = self._salt(req_context)
         own_keys = {salted(key, salt): key for key in keys}
-        positions = req_context._offload_key_positions
+        contract.note_keys(req_context, keys)
+        positions = contract.key_positions(req_context)
         in_order = sorted(own_keys, key=lambda own: positions.get(own_keys[own], 0))
         own = set(self._own_keys(req_context)) if salt else positions
         stored = self._core.store(
@@ -241,8 +235,12 @@ class ManagerAdapter(OffloadingManager):
         failed = {key for transfer in transfers for key in self._failed.pop(transfer, {})}
         self._core.store_done(own_keys, failed if success else own_keys)
 
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        contract.note_keys(req_context, keys)
+
     def on_request_finished(self, req_context: ReqContext) -> None:
-        self._core.touch(self._own_keys(req_context))  # vLLM 0.32 itself calls `touch` nowhere
+        # Not in `touch`: vLLM calls it too often, from the first key to the last, and since 0.31 nowhere.
+        self._core.touch(self._own_keys(req_context))
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._core.end_step()

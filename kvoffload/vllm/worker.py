@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -17,9 +18,9 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from kvoffload.config import Config
 from kvoffload.engine import Engine
 from kvoffload.types import EngineOptions, TransferPlan, TransferReport
-from kvoffload.vllm.geometry import Geometry, regions
+from kvoffload.vllm.geometry import Geometry, device_of, regions
 from kvoffload.vllm.transfer import SlotSpec
-from kvoffload.worker import BlockList, Worker
+from kvoffload.worker import BlockList, Worker, no_stream
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,21 @@ def open_worker(
     """Opens this rank's engine over the KV cache."""
     parallel = config.parallel
     plan = geometry.dram_plan(settings)
-    engine = Engine(EngineOptions(geometry.payload_bytes, dram_slots=plan.slots, spare_slots=plan.spares))
+    device = device_of(kv_caches)
+    engine = Engine(EngineOptions(geometry.payload_bytes, dram_slots=plan.slots, spare_slots=plan.spares, device=device))
     groups = regions(kv_caches)
     engine.bind(groups)
     for line in engine.describe():
         logger.info("kvoffload: rank %d: %s", parallel.rank, line)
     group_bytes = [sum(region.nbytes for region in group) for group in groups]
-    return WorkerAdapter(Worker(engine, parallel.rank, group_bytes), engine)
+    return WorkerAdapter(Worker(engine, parallel.rank, group_bytes, stream_of(device)), engine)
+
+
+def stream_of(device: int | None) -> Callable[[], int]:
+    """Asks for the handle of the stream that the calling thread computes in at that moment."""
+    if device is None:
+        return no_stream
+    return lambda: torch.cuda.current_stream(device).cuda_stream
 
 
 def _block_list(slots: SlotSpec, blocks: GPULoadStoreSpec) -> BlockList:
@@ -48,12 +57,13 @@ def _block_list(slots: SlotSpec, blocks: GPULoadStoreSpec) -> BlockList:
 
 
 class WorkerAdapter(OffloadingWorker):
-    """Jobs always end as a success for vLLM, which asserts it; failed loads leave by `take_failed_jobs`."""
+    """Jobs always end as a success for vLLM, which asserts it; failed loads leave by `take_failed_loads`."""
 
     def __init__(self, worker: Worker, engine: Engine):
         self._worker = worker
         self._engine = engine
-        self._failed_jobs: set[int] = set()
+        self._loads: dict[int, list[int]] = {}  # in flight: their KV blocks
+        self._failed_loads: dict[int, list[int]] = {}
 
     def apply(self, plan: TransferPlan) -> None:
         if not plan:
@@ -67,6 +77,7 @@ class WorkerAdapter(OffloadingWorker):
         return self._submit(self._worker.store, job_id, dst_spec, src_spec)
 
     def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        self._loads[job_id] = dst_spec.block_ids.tolist()
         return self._submit(self._worker.load, job_id, src_spec, dst_spec)
 
     def _submit(
@@ -85,14 +96,15 @@ class WorkerAdapter(OffloadingWorker):
         self._worker.poll()
         results = []
         for job_id, arrived in self._worker.take_finished():
-            if not arrived:
-                self._failed_jobs.add(job_id)
+            blocks = self._loads.pop(job_id, None)
+            if blocks is not None and not arrived:
+                self._failed_loads[job_id] = blocks
             results.append(TransferResult(job_id, success=True))
         return results
 
-    def take_failed_jobs(self) -> set[int]:
-        """Jobs reported by `get_finished` since the last call of which some block did not arrive."""
-        failed, self._failed_jobs = self._failed_jobs, set()
+    def take_failed_loads(self) -> dict[int, list[int]]:
+        """Loads reported by `get_finished` since the last call of which some block did not arrive, with all KV blocks."""
+        failed, self._failed_loads = self._failed_loads, {}
         return failed
 
     def take_report(self) -> TransferReport:
@@ -120,8 +132,8 @@ class OffWorker(OffloadingWorker):
     def get_finished(self) -> list[TransferResult]:
         return []
 
-    def take_failed_jobs(self) -> set[int]:
-        return set()
+    def take_failed_loads(self) -> dict[int, list[int]]:
+        return {}
 
     def take_report(self) -> TransferReport:
         return TransferReport()

@@ -171,8 +171,10 @@ class DeafEngine:
 
     def __init__(self, room: int):
         self.room = room
+        self.streams = []
 
     def submit(self, ops, stream=0):
+        self.streams.append(stream)
         taken = min(self.room, len(ops))
         self.room -= taken
         return taken
@@ -199,3 +201,15 @@ def test_a_load_of_any_size_leaves_room_for_stores(monkeypatch):
     assert engine.room == 2
     worker.store(2, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
     assert engine.room == 0
+
+
+def test_every_hand_over_to_the_engine_names_the_stream_that_is_current_then(monkeypatch):
+    monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 2)
+    engine, streams = DeafEngine(room=100), iter([11, 22, 33])
+    worker = Worker(engine, rank=0, group_bytes=[PAYLOAD], current_stream=lambda: next(streams))
+    worker.store(1, block_list(1, [0], [NO_SLOT], [0]))
+    worker.load(2, block_list(2, [NO_SLOT] * 2, [0, 1], [0, 1]))
+    assert engine.streams == [11, 22]
+    worker._load_ops = 0  # as if the first pair had completed
+    worker.poll()
+    assert engine.streams == [11, 22, 33]
