@@ -5,10 +5,10 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast e2e bench lint clean
+.PHONY: help setup demo test fast e2e bench bench-gpu lint clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
 
 setup: ## make .venv, install the pinned versions, build the C engine
 	@test -n "$(PYTHON)" || { echo "kvoffload needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -27,9 +27,12 @@ fast: setup ## the tests that start no vLLM
 e2e: setup ## the tests on a real vLLM only
 	@$(BIN)/python -m pytest -m e2e $(ARGS)
 
-bench: setup ## the benchmarks
-	@for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+bench: setup ## the benchmarks (15 minutes; the drive's needs fio)
+	@for benchmark in drive loads_first small_costs; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done
 	@$(BIN)/python -m pytest -q --benchmark-enable --benchmark-columns=min,median,max,rounds benchmarks $(ARGS)
+
+bench-gpu: setup ## the CUDA path on a real GPU: bytes, rates, and what copies cost compute
+	@$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
 
 lint: setup ## style
 	@$(BIN)/ruff check .
