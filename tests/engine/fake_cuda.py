@@ -1,10 +1,24 @@
 """The test's side of fake_cuda.c."""
 
 import ctypes
+import subprocess
+from pathlib import Path
 
 import numpy as np
 
 from tests.engine.world import KVCache
+
+
+def compile_shared(library: Path, *arguments: object) -> Path:
+    command = ["cc", "-shared", "-fPIC", "-O1", "-g", "-pthread", "-o", library, *arguments]
+    subprocess.run([str(word) for word in command], check=True)
+    return library
+
+
+def compile_fake(library: Path, source: str, version: int) -> Path:
+    """A libcuda.so.1: a process that has loaded it finds it under that name. `source`: a file beside this one."""
+    options = (f"-DFAKE_VERSION={version}", "-Wl,-soname,libcuda.so.1", "-Wall", "-Werror")
+    return compile_shared(library, *options, Path(__file__).with_name(source))
 
 
 class Device:

@@ -14,6 +14,7 @@ import pytest
 from kvoffload.engine import Engine
 from kvoffload.engine.reference import ReferenceEngine
 from tests.engine.cuda_scenarios import SCENARIOS
+from tests.engine.fake_cuda import compile_fake, compile_shared
 from tests.engine.world import make_options
 
 ROOT = Path(__file__).parents[2]
@@ -33,22 +34,11 @@ runpy.run_module("tests.engine.cuda_scenarios", run_name="__main__")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="CUDA's driver is looked for as on Linux")
 
 
-def compile_shared(library: Path, *arguments: object) -> Path:
-    command = ["cc", "-shared", "-fPIC", "-O1", "-g", "-pthread", "-o", library, *arguments]
-    subprocess.run([str(word) for word in command], check=True)
-    return library
-
-
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """libcuda.so.1 by version. A process that has loaded one finds it under that name."""
-    folder, source = tmp_path_factory.mktemp("cuda"), Path(__file__).with_name("fake_cuda.c")
-    return {
-        version: compile_shared(
-            folder / f"{version}.so", f"-DFAKE_VERSION={version}", "-Wl,-soname,libcuda.so.1", "-Wall", "-Werror", source
-        )
-        for version in VERSIONS
-    }
+    folder = tmp_path_factory.mktemp("cuda")
+    return {version: compile_fake(folder / f"{version}.so", "fake_cuda.c", version) for version in VERSIONS}
 
 
 @pytest.fixture(scope="module")
