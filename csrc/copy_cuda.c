@@ -107,19 +107,18 @@ static cu_result copy_singly(cuda_lane *lane) {
 
 static cu_result copy_spans(cuda_lane *lane) {
     cuda_copier *copier = lane->copier;
-    cu_result result = CU_NOT_SUPPORTED;
     if (lane->spans == 0) return CU_SUCCESS;
-    if (atomic_load(&copier->batch) != BATCH_NEVER) {
-        result = copy_in_one_call(lane);
-        if (result == CU_SUCCESS) {
-            atomic_store(&copier->batch, BATCH_WORKS);
-        } else if (atomic_load(&copier->batch) == BATCH_UNTRIED &&
-                   (result == CU_NOT_SUPPORTED || result == CU_INVALID_VALUE)) {
-            atomic_store(&copier->batch, BATCH_NEVER); /* the driver has the function, but not for this device */
-        }
+    bool never = atomic_load(&copier->batch) == BATCH_NEVER;
+    cu_result result = never ? CU_NOT_SUPPORTED : copy_in_one_call(lane);
+    if (result == CU_SUCCESS) {
+        atomic_store(&copier->batch, BATCH_WORKS);
+    } else if (result == CU_NOT_SUPPORTED || result == CU_INVALID_VALUE) {
+        /* The driver has the function, but not for this device, or not for memory like this. */
+        if (atomic_load(&copier->batch) == BATCH_UNTRIED) atomic_store(&copier->batch, BATCH_NEVER);
+        result = copy_singly(lane);
+    } else {
+        noted(copier, "cuMemcpyBatchAsync", result);
     }
-    if (atomic_load(&copier->batch) == BATCH_NEVER) result = copy_singly(lane);
-    else noted(copier, "cuMemcpyBatchAsync", result);
     lane->spans = 0;
     return result;
 }
@@ -155,17 +154,17 @@ static cu_result launch(cuda_lane *lane) {
     return result;
 }
 
-/* Copies the lane's batch. 0, or -EIO. Then some of it may have begun, and this waits for its end; where that cannot be
+/* Copies the lane's batch. 0, or -EREMOTEIO. Then some of it may have begun, and this waits for its end; where that cannot be
  * had either, nobody knows what the device still does: it is lost, and what it may use is not settled. */
 static int32_t copy_batch(cuda_lane *lane, bool *unsettled) {
     cuda_copier *copier = lane->copier;
-    if (atomic_load(&copier->lost)) return -EIO;
+    if (atomic_load(&copier->lost)) return -EREMOTEIO;
     cu_result result = launch(lane);
     if (result == CU_SUCCESS) result = CALL(copier, cuEventSynchronize, lane->done);
     if (result == CU_SUCCESS) return 0;
     *unsettled = CALL(copier, cuStreamSynchronize, lane->stream) != CU_SUCCESS;
     if (*unsettled) atomic_store(&copier->lost, true);
-    return -EIO;
+    return -EREMOTEIO;
 }
 
 /* ---- a lane: its thread ---- */
@@ -250,7 +249,7 @@ static void cuda_start(kvo_copier *self, kvo_copy_job *job) {
     cuda_copier *copier = (cuda_copier *)self;
     pthread_mutex_lock(&copier->lock);
     if (job->fence == FENCE_FAILED) {
-        job->result = -EIO;
+        job->result = -EREMOTEIO;
         kvo_copy_queue_add(&copier->done, job);
         eventfd_write(copier->kick_fd, 1);
     } else {

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 static const struct {
     const char *symbol;
@@ -77,8 +78,9 @@ int kvo_cuda_open(kvo_cuda *cuda, int ordinal, char err[KVO_ERR_BYTES]) {
 }
 
 int kvo_cuda_pin(kvo_cuda *cuda, uint8_t *base, uint64_t bytes, uint64_t slot_bytes, char err[KVO_ERR_BYTES]) {
-    uint64_t slots = KVO_PIN_PIECE_BYTES / slot_bytes;
-    cuda->piece_bytes = (slots > 0 ? slots : 1) * slot_bytes;
+    /* Pieces end where both a slot and a page do: slots are multiples of 4096, pages may be larger. */
+    uint64_t whole = slot_bytes * (uint64_t)(sysconf(_SC_PAGESIZE) / 4096), count = KVO_PIN_PIECE_BYTES / whole;
+    cuda->piece_bytes = (count > 0 ? count : 1) * whole;
     cuda->pinned = base;
     while (cuda->pinned_bytes < bytes) {
         uint64_t left = bytes - cuda->pinned_bytes, piece = left < cuda->piece_bytes ? left : cuda->piece_bytes;

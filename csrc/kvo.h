@@ -81,8 +81,9 @@ typedef struct {
  *   -ETIMEDOUT  the timeout passed
  *   -ECANCELED  the operation it was linked to failed
  *   -ENXIO      no slot files attached
- *   -EIO        a drive or the device failed. A device that is lost fails all copies from then on, at once. What it may
- *               still read or write in the arena stays aside for good; in the KV cache the engine has no such means.
+ *   -EREMOTEIO  the device failed, which says nothing about the block. A device that is lost fails all copies from then
+ *               on, at once. What it may still read or write in the arena stays aside for good; in the KV cache the
+ *               engine has no such means.
  * usec: from submission to completion. */
 typedef struct {
     uint64_t id;
@@ -129,7 +130,7 @@ int kvo_attach(kvo_engine *engine, const char *const *paths, uint32_t count, uin
 
 /* Takes operations from the front of ops, as many whole chains as there is room for, and returns how many operations
  * that is. With a device, COPY_OUT and COPY_IN start after the work now in `stream`, a CUDA stream of the device's primary
- * context; 0 is CUDA's legacy default stream, which is torch's too, not the lack of one. They complete with -EIO if that
+ * context; 0 is CUDA's legacy default stream, which is torch's too, not the lack of one. They complete with -EREMOTEIO if that
  * order cannot be had (a broken stream, one that is being captured). Without a device `stream` is ignored.
  * -EINVAL, with nothing taken: an operation is malformed (kind, flags, slot, group or key out of range). */
 int kvo_submit(kvo_engine *engine, const kvo_op *ops, uint32_t count, uint64_t stream);

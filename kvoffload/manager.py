@@ -20,7 +20,7 @@ from typing import Protocol
 from kvoffload.blocks import Block, Pause, Placement, State, Stored, Unsaved
 from kvoffload.policy import LRU, EvictionPolicy
 from kvoffload.slots import SlotPool
-from kvoffload.types import NO_SLOT, BlockKey, Demotion, Tier
+from kvoffload.types import MILDEST_FIRST, NO_SLOT, BlockKey, Demotion, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class BlockManager:
         """The load of `keys` ended on every rank; those in `failed` did not arrive on some rank, for that errno.
 
         A block that was late is kept, since nothing says it is damaged; then nothing is read from the SSD for a while.
-        So is one that was not tried (ECANCELED).
+        So is one that was not tried (ECANCELED), or that the GPU did not take (EREMOTEIO).
         """
         for key in keys:
             block, tier = self._loads.pop((owner, key), (None, None))
@@ -182,7 +182,7 @@ class BlockManager:
                 self.counters["kvoffload_load_failures_total",] += 1
                 if failed[key] == errno.ETIMEDOUT and tier is Tier.SSD:
                     self._reading_is_slow()
-                elif failed[key] not in (errno.ECANCELED, errno.ETIMEDOUT):
+                elif failed[key] not in MILDEST_FIRST:
                     self._forget(block)
             elif tier is Tier.SSD:
                 self._reads.note_success()

@@ -107,13 +107,18 @@ class TransferPlan:
         return bool(self.attach or self.demotions)
 
 
+MILDEST_FIRST = (errno.ECANCELED, errno.EREMOTEIO, errno.ETIMEDOUT)  # say less about a block than all others
+
+
 def add_errors(to: dict[BlockKey, int], errors: dict[BlockKey, int]) -> None:
     """Adds what another rank says. Of two errnos for a block the one that says more about it stays: damage before
-    lateness, lateness before not having been tried."""
-    mildest_first = (errno.ECANCELED, errno.ETIMEDOUT)
+    lateness, lateness before a GPU's failure, that before not having been tried."""
+
+    def weight(error: int) -> int:
+        return MILDEST_FIRST.index(error) if error in MILDEST_FIRST else len(MILDEST_FIRST)
+
     for key, error in errors.items():
-        if to.get(key) in (None, *mildest_first) and (error != errno.ECANCELED or key not in to):
-            to[key] = error
+        to[key] = max(error, to.get(key, error), key=weight)
 
 
 @dataclass

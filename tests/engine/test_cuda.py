@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 VERSIONS = (12040, 12080, 13000)  # without cuMemcpyBatchAsync, with its first form, with its second
 ON_ALL_VERSIONS = ("random_plans_give_the_same_statuses_and_bytes_as_the_reference", "any_call_may_fail")
 WITH_SMALL_PIECES = "registrations_end_where_slots_do"
-PIECE_BYTES = 40_000  # three slots and a part
+PIECE_BYTES = 45_000  # three slots and a part
 
 WITH_CORE = """
 import importlib.util, runpy, sys

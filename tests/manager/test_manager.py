@@ -182,6 +182,19 @@ def test_a_late_load_keeps_the_block_and_stops_reads_for_a_while():
     assert books.manager.lookup(b"a3") is Tier.SSD
 
 
+@pytest.mark.parametrize("error", [errno.EREMOTEIO, errno.ECANCELED])
+def test_a_failure_that_says_nothing_about_the_block_keeps_it(error):
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 2))
+    books.demote()
+    books.store(prefix("b", 3))
+    books.manager.load(prefix("a", 2), "r")
+    books.manager.load_done(prefix("a", 2), "r", failed={b"a1": error})
+    books.manager.check()
+    assert set(prefix("a", 2)) <= set(books.journal.blocks)
+    assert books.manager.lookup(b"a1") is not None
+
+
 def test_a_block_that_is_not_held_is_loaded_from_nowhere():
     books = Books(dram=4, ssd=8)
     (place,) = books.manager.load([b"a0"], "r")

@@ -1,6 +1,7 @@
 """The worker over the real engine and real slot files, and over an engine that never answers."""
 
 import errno
+import itertools
 import os
 import random
 
@@ -12,7 +13,16 @@ from kvoffload.config import Config
 from kvoffload.engine import Engine
 from kvoffload.layout import slot_offset
 from kvoffload.store import Store
-from kvoffload.types import COMPLETION_DTYPE, NO_SLOT, Demotion, EngineOptions, Region, SlotFiles, TransferPlan
+from kvoffload.types import (
+    COMPLETION_DTYPE,
+    NO_SLOT,
+    Demotion,
+    EngineOptions,
+    Region,
+    SlotFiles,
+    TransferPlan,
+    TransferReport,
+)
 from kvoffload.worker import BlockList, Worker
 
 BLOCKS, LAYERS, PAGE = 32, 3, 10_000  # not a multiple of any sector
@@ -213,3 +223,15 @@ def test_every_hand_over_to_the_engine_names_the_stream_that_is_current_then(mon
     worker._load_ops = 0  # as if the first pair had completed
     worker.poll()
     assert engine.streams == [11, 22, 33]
+
+
+@pytest.mark.parametrize("order", itertools.permutations((errno.ECANCELED, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EBADMSG)))
+def test_of_several_ranks_failures_the_one_that_says_most_about_a_block_stays(order):
+    report = TransferReport()
+    for error in order:
+        report.add(TransferReport(failed={1: {b"a": error}}))
+    assert report.failed == {1: {b"a": errno.EBADMSG}}
+    mild = TransferReport()
+    for error in (error for error in order if error != errno.EBADMSG):
+        mild.add(TransferReport(failed={1: {b"a": error}}))
+    assert mild.failed == {1: {b"a": errno.ETIMEDOUT}}
