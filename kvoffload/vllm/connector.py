@@ -74,6 +74,8 @@ class KVOffloadConnector(OffloadingConnector):
             # vLLM's scheduler makes its KV-cache manager after the connector: no prefix hits in GPU memory then.
             vllm_config.cache_config.enable_prefix_caching = False
         super().__init__(vllm_config, role, kv_cache_config)
+        # vLLM's second model runner zeroes a step's new blocks, and copies into them, before it calls handle_preemptions.
+        self._overwrites_first = vllm_config.use_v2_model_runner
         geometry = Geometry.of(vllm_config, build_offloading_config(vllm_config, kv_cache_config), kv_cache_config)
         if self.connector_scheduler is not None:
             if settings.enabled:
@@ -104,6 +106,10 @@ class KVOffloadConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         meta = super().build_connector_meta(scheduler_output)
+        if self._overwrites_first:
+            overwritten = set(scheduler_output.new_block_ids_to_zero or ())
+            overwritten |= {copy.dst_block_id for copy in scheduler_output.kv_cache_block_copies or ()}
+            self._manager.fail_overwritten(overwritten, meta.store_jobs, meta.jobs_to_flush or ())
         return KVOffloadMetadata(**vars(meta), plan=self._manager.take_plan())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:

@@ -4,13 +4,14 @@ import errno
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
+    GPULoadStoreSpec,
     LookupResult,
     OffloadingManager,
     OffloadKey,
@@ -35,6 +36,7 @@ from kvoffload.vllm.identity import LoraSalts, salted
 from kvoffload.vllm.transfer import SlotSpec
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferJob
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class ManagerAdapter(OffloadingManager):
         self._transfers = count(1)
         self._storing: dict[BlockKey, int] = {}  # by block in flight: its transfer
         self._failed: dict[int, dict[BlockKey, int]] = {}  # by transfer in flight: its failed blocks' errno
+        self._sources: dict[int, tuple[list[BlockKey], list[int]]] = {}  # by store in flight: its keys and KV blocks
         self._first_transfer = 1  # older ones ended with a reset
         self._salts: dict[str, bytes] = {}  # of requests announced but not yet seen by vLLM's scheduler half
         self._lora_salts = LoraSalts()
@@ -233,6 +236,8 @@ class ManagerAdapter(OffloadingManager):
         own_keys = self._keys(keys, req_context)
         transfers = {self._storing.pop(key) for key in own_keys if key in self._storing}
         failed = {key for transfer in transfers for key in self._failed.pop(transfer, {})}
+        for transfer in transfers:
+            self._sources.pop(transfer, None)
         self._core.store_done(own_keys, failed if success else own_keys)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
@@ -253,6 +258,7 @@ class ManagerAdapter(OffloadingManager):
         belong to other weights than the namespace says, so it gets keys that no other process will ask for."""
         self._first_transfer = next(self._transfers)
         self._failed.clear()
+        self._sources.clear()
         self._storing.clear()
         self._life = os.urandom(16)
         self._core.reset()
@@ -260,6 +266,29 @@ class ManagerAdapter(OffloadingManager):
     def shutdown(self) -> None:
         if self._store is not None:
             self._store.close()
+
+    def fail_overwritten(
+        self, overwritten: Container[int], stores: Mapping[int, "TransferJob"], flushed: Container[int]
+    ) -> None:
+        """Fails what is stored from KV blocks that this step overwrites before the workers are asked to be done with them.
+
+        `stores`: those handed out in this step, by vLLM's job ids. They read what this step computes, which comes after
+        the overwriting, unless they are `flushed`: those read what was there before, like all of earlier steps.
+        """
+        for transfer in self._sources:
+            self._fail_sources(transfer, overwritten)
+        for job_id, job in stores.items():
+            slots, blocks = job.dst_spec, job.src_spec
+            assert isinstance(slots, SlotSpec) and isinstance(blocks, GPULoadStoreSpec)
+            self._sources[slots.transfer] = slots.keys, blocks.block_ids.tolist()
+            if job_id in flushed:
+                self._fail_sources(slots.transfer, overwritten)
+
+    def _fail_sources(self, transfer: int, overwritten: Container[int]) -> None:
+        keys, blocks = self._sources[transfer]
+        failed = {key: errno.ECANCELED for key, block in zip(keys, blocks, strict=False) if block in overwritten}
+        if failed:
+            add_errors(self._failed.setdefault(transfer, {}), failed)
 
     # -- our own traffic with the workers --------------------------------------------------------------------------
 

@@ -76,7 +76,12 @@ class WorkerAdapter(OffloadingWorker):
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         return self._submit(self._worker.store, job_id, dst_spec, src_spec)
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        # Since 0.33, for loads that a running request waits for, so that it could not recompute: we never ask for these
+        # (sync_load_budget_bytes is no setting of ours).
+        assert not expedited
         self._loads[job_id] = dst_spec.block_ids.tolist()
         return self._submit(self._worker.load, job_id, src_spec, dst_spec)
 
@@ -126,7 +131,9 @@ class OffWorker(OffloadingWorker):
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         raise AssertionError("a store while offloading is off")
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
         raise AssertionError("a load while offloading is off")
 
     def get_finished(self) -> list[TransferResult]:

@@ -117,6 +117,12 @@ def parameters(function: Function) -> tuple[list[str], bool, bool]:
     return [arg.arg for arg in [*given.posonlyargs, *given.args, *given.kwonlyargs]][1:], bool(given.vararg), bool(given.kwarg)
 
 
+def required(function: Function) -> int:
+    """How many parameters less self, from the first on, must be given."""
+    given = function.args
+    return len(given.posonlyargs) + len(given.args) - len(given.defaults) - 1
+
+
 class Check:
     def __init__(self, folder: Path, version: tuple[int, int]):
         self.sources, self.version, self.problems, self.looked = Sources(folder), version, [], 0
@@ -172,7 +178,8 @@ class Check:
                 self.looked += 1
                 if isinstance(theirs, Function) and name != "__init__":
                     want, got = parameters(theirs), parameters(function)
-                    if want[0] != got[0] and not got[1] and not got[2]:
+                    known = got[0] if len(got[0]) <= len(want[0]) else got[0][: max(len(want[0]), required(function))]
+                    if want[0] != known and not got[1] and not got[2]:
                         self.say(file, function, f"{node.name}.{name} takes {got[0]}, {parent.name}'s {want[0]}")
 
     def construction(self, file: Path, call: ast.Call, names: dict) -> None:

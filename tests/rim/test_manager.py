@@ -1,9 +1,16 @@
 """The scheduler half between vLLM's calls and the block manager: order, holes, failures, resets."""
 
 import errno
+from types import SimpleNamespace
 
 import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    TransferJob,
+)
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.kv_offload.base import (
+    GPULoadStoreSpec,
     LookupResult,
     Medium,
     OffloadPolicy,
@@ -25,6 +32,7 @@ from kvoffload.config import Config
 from kvoffload.errors import ConfigError
 from kvoffload.layout import slot_bytes
 from kvoffload.types import NO_SLOT, TransferReport
+from kvoffload.vllm.connector import KVOffloadConnector
 from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.manager import ManagerAdapter
 
@@ -118,6 +126,33 @@ def test_a_failed_store_fails_its_own_blocks_only():
     assert hits(manager, context, keys) == [True] * 4
 
 
+def begin_store(manager: ManagerAdapter, context, keys, blocks, job_id: int):
+    """As vLLM does: a job whose blocks are `blocks`, one a key."""
+    output = manager.prepare_store(keys, context)
+    source = GPULoadStoreSpec(blocks, group_sizes=[len(blocks)], block_indices=[0])
+    return {job_id: TransferJob(context.req_id, source, output.store_spec)}
+
+
+def test_blocks_stored_after_they_were_overwritten_are_not_held():
+    """vLLM's second model runner overwrites a step's new blocks before it lets the stores of their old content be done."""
+    manager = adapter()
+    context, keys = request(manager, "r", 6)
+    earlier = begin_store(manager, context, keys[:3], [10, 11, 12], 1)
+    manager.fail_overwritten(set(), earlier, ())
+    computed_now = begin_store(manager, context, keys[3:5], [13, 14], 2)
+    flushed = begin_store(manager, context, keys[5:], [15], 3)
+    manager.fail_overwritten({11, 13, 15}, computed_now | flushed, flushed)
+    manager.complete_store(keys[:3], context)
+    manager.complete_store(keys[3:5], context)
+    manager.complete_store(keys[5:], context)
+    assert hits(manager, context, keys) == [True, False, True, True, True, False]
+    assert manager._sources == {} == manager._failed, "nothing is remembered of stores that ended"
+    again = begin_store(manager, context, keys[1:2], [11], 4)
+    manager.fail_overwritten({11}, again, ())
+    manager.complete_store(keys[1:2], context)
+    assert hits(manager, context, keys[1:2]) == [True], "computed anew in the step that overwrote the block"
+
+
 def test_a_request_whose_load_failed_loads_no_more_and_others_do():
     manager = adapter()
     context, keys = request(manager, "r", 4)
@@ -204,3 +239,21 @@ def test_switched_off_it_neither_finds_nor_stores():
     assert manager.prepare_store(keys, context).keys_to_store == []
     assert hits(manager, context, keys) == [False, False]
     assert manager.get_stats() is None and not manager.has_pending_work()
+
+
+@pytest.mark.parametrize("second_runner", [True, False])
+def test_the_connector_names_what_a_step_overwrites_if_the_model_runner_does_so_too_early(second_runner):
+    manager = adapter()
+    context, keys = request(manager, "r", 4)
+    jobs = [begin_store(manager, context, keys[:3], [10, 11, 12], 1), begin_store(manager, context, keys[3:], [13], 2)]
+    steps = iter([OffloadingConnectorMetadata({}, jobs[0], None), OffloadingConnectorMetadata({}, jobs[1], {2})])
+    connector = KVOffloadConnector.__new__(KVOffloadConnector)
+    connector._overwrites_first = second_runner
+    connector.connector_scheduler = SimpleNamespace(manager=manager, build_connector_meta=lambda _: next(steps))
+    nothing = SimpleNamespace(new_block_ids_to_zero=None, kv_cache_block_copies=None)
+    copies = [KVCacheBlockCopy(src_block_id=12, dst_block_id=13)]
+    something = SimpleNamespace(new_block_ids_to_zero=[10, 99], kv_cache_block_copies=copies)
+    assert [connector.build_connector_meta(step).store_jobs for step in (nothing, something)] == jobs
+    for job in jobs:
+        manager.complete_store([key for key in keys if key in job[min(job)].dst_spec.keys], context)
+    assert hits(manager, context, keys) == [not second_runner, True, True, not second_runner]
