@@ -1,7 +1,7 @@
 """How large a block is and where its bytes lie: vLLM's KV-cache configuration in the engine's terms."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
@@ -25,11 +25,23 @@ def _group_bytes(group: KVCacheGroupSpec) -> int:
     return spec.page_size_bytes * len(group.layer_names)
 
 
+def _unpadded_group_bytes(group: KVCacheGroupSpec) -> int:
+    match group.kv_cache_spec:
+        case UniformTypeKVCacheSpecs(kv_cache_specs=by_layer):
+            layers = list(by_layer.values())
+        case spec:
+            layers = [spec] * len(group.layer_names)
+    is_padded = [getattr(layer, "page_size_padded", None) is not None for layer in layers]
+    bare = [replace(layer, page_size_padded=None) if pad else layer for layer, pad in zip(layers, is_padded, strict=True)]
+    return sum(layer.page_size_bytes for layer in bare)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What the sizes of tiers follow from. Every process of a deployment computes the same."""
 
     payload_bytes: int  # an upper bound of one rank's bytes of one block, over all groups
+    least_bytes: tuple[int, ...]  # what one rank's regions of a block must add up to at least, by group
     ranks: int
     engines: int  # data-parallel engines, among which the caps are divided
     blocks_per_step: int  # the most that one step of the model can complete, over all groups
@@ -41,6 +53,7 @@ class Geometry:
         return cls(
             # Pages may be padded and layers may be packed into one page; a slot has room for either.
             payload_bytes=max([offloading.worker_kv_bytes_per_block, *(_group_bytes(group) for group in groups)]),
+            least_bytes=tuple(_unpadded_group_bytes(group) for group in groups),
             ranks=offloading.parallel.world_size,
             engines=contract.engines(config.parallel_config),
             blocks_per_step=sum(math.ceil(tokens / group.tokens_per_block) for group in offloading.groups),
@@ -65,6 +78,17 @@ def regions(kv_caches: CanonicalKVCaches) -> list[list[Region]]:
         ]
         for refs in kv_caches.group_data_refs
     ]
+
+
+def check_regions(groups: list[list[Region]], least_bytes: tuple[int, ...]) -> None:
+    """ConfigError if vLLM handed out less of a block than its layers have: the rest would come back as other bytes."""
+    for number, (group, least) in enumerate(zip(groups, least_bytes, strict=True)):
+        found = sum(region.nbytes for region in group)
+        if found < least:
+            raise ConfigError(
+                f"kvoffload finds {found} of the {least} bytes of a KV block of group {number}, so it cannot offload this "
+                "model on this vLLM: set disable_kv_cache=true"
+            )
 
 
 def device_of(kv_caches: CanonicalKVCaches) -> int | None:

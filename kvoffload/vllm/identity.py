@@ -18,7 +18,7 @@ from kvoffload.types import BlockKey
 from kvoffload.vllm import contract
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import MultiModalConfig, VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -27,6 +27,16 @@ logger = logging.getLogger(__name__)
 BLOB = re.compile("[0-9a-f]{64}")  # a large file's name in the Hugging Face cache
 NO_FILES = "none"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+IN_FIELDS = ("config.json", "generation_config.json")  # as vLLM understands them, overrides included
+# Of vLLM's multimodal settings, those that change no block: sizes and ways of caches, limits, profiling.
+HARMLESS_MULTIMODAL = (
+    "limit_per_prompt",
+    "mm_processor_cache_gb",
+    "mm_processor_cache_type",
+    "mm_shm_cache_max_object_size_mb",
+    "mm_tensor_ipc",
+    "skip_mm_profiling",
+)
 
 
 def _content(path: Path) -> str:
@@ -40,12 +50,14 @@ def _content(path: Path) -> str:
 
 
 def files_digest(directory: Path) -> str:
-    """Digest of every weight file's content below a directory, in the order of their names."""
-    files = sorted(path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    """Digest of the weight files below a directory and of the settings beside them (an adapter's scale, what turns an
+    image into tokens), in the order of their names; NO_FILES if there are no weights."""
+    weights = {path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file()}
+    settings = {path for path in directory.glob("*.json") if path.name not in IN_FIELDS and path.is_file()}
     total = blake3()
-    for path in files:
+    for path in sorted(weights | settings):
         total.update(f"{path.relative_to(directory)}\0{_content(path)}\0".encode())
-    return total.hexdigest() if files else NO_FILES
+    return total.hexdigest() if weights else NO_FILES
 
 
 def weights_digest(config: "VllmConfig") -> str:
@@ -88,6 +100,13 @@ def _hardware() -> list[str]:
     return device
 
 
+def _multimodal(config: "MultiModalConfig | None") -> dict[str, str]:
+    """vLLM's hash of an image covers what a request says of it, not what the engine was started with."""
+    if config is None:
+        return {}
+    return {name: repr(value) for name, value in sorted(vars(config).items()) if name not in HARMLESS_MULTIMODAL}
+
+
 def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> dict[str, Any]:
     """The namespace's identity, in clear text and JSON-able. Anything that differs gives another namespace."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
@@ -106,7 +125,8 @@ def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> d
         "max_model_len": model.max_model_len,
         "generation": _plain({**model.try_get_generation_config(), **model.override_generation_config}),
         "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
+        "quantization": [str(model.quantization), repr(model.quantization_config)],
+        "multimodal": _multimodal(model.multimodal_config),
         "kv_cache_dtype": str(cache.cache_dtype),
         "kv_cache_layout": contract.kv_cache_layout(config),
         "groups": [
@@ -114,6 +134,7 @@ def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> d
             for group in kv_cache_config.kv_cache_groups
         ],
         "hash": [str(cache.prefix_caching_hash_algo), os.environ.get("PYTHONHASHSEED", "")],
+        # By name only: a draft from other weights costs accepted tokens, not right ones.
         "draft_model": str(config.speculative_config.model) if config.speculative_config else "",
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,

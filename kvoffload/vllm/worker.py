@@ -18,7 +18,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from kvoffload.config import Config
 from kvoffload.engine import Engine
 from kvoffload.types import EngineOptions, TransferPlan, TransferReport
-from kvoffload.vllm.geometry import Geometry, device_of, regions
+from kvoffload.vllm.geometry import Geometry, check_regions, device_of, regions
 from kvoffload.vllm.transfer import SlotSpec
 from kvoffload.worker import BlockList, Worker, no_stream
 
@@ -34,6 +34,7 @@ def open_worker(
     device = device_of(kv_caches)
     engine = Engine(EngineOptions(geometry.payload_bytes, dram_slots=plan.slots, spare_slots=plan.spares, device=device))
     groups = regions(kv_caches)
+    check_regions(groups, geometry.least_bytes)
     engine.bind(groups)
     for line in engine.describe():
         logger.info("kvoffload: rank %d: %s", parallel.rank, line)

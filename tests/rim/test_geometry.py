@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor
 
 from kvoffload.engine import Engine
 from kvoffload.errors import ConfigError
-from kvoffload.types import EngineOptions, OpKind
+from kvoffload.types import EngineOptions, OpKind, Region
 from kvoffload.vllm import connector
-from kvoffload.vllm.geometry import Geometry, device_of, regions
+from kvoffload.vllm.geometry import Geometry, check_regions, device_of, regions
 from kvoffload.worker import block_ops
 
 BLOCKS, LAYERS, PAGE = 6, 3, 1000
@@ -35,8 +36,18 @@ def packed(groups: int = 1) -> CanonicalKVCaches:
     )
 
 
+def views_into_one_storage() -> CanonicalKVCaches:
+    """Layers that begin somewhere in one allocation, their blocks further apart than they are long."""
+    storage = torch.zeros(100 + BLOCKS * 2 * PAGE * LAYERS, dtype=torch.int8)
+    starts = [100 + layer * BLOCKS * 2 * PAGE for layer in range(LAYERS)]
+    return CanonicalKVCaches(
+        [CanonicalKVCacheTensor(storage.as_strided((BLOCKS, PAGE), (2 * PAGE, 1), start), PAGE) for start in starts],
+        [[CanonicalKVCacheRef(layer, PAGE) for layer in range(LAYERS)]],
+    )
+
+
 def configs(groups: int, worker_bytes: int, layers_of_a_group: int):
-    spec = SimpleNamespace(page_size_bytes=PAGE, prefix_cacheable=True)
+    spec = SimpleNamespace(page_size_bytes=PAGE, prefix_cacheable=True)  # of no padding
     kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=["l"] * layers_of_a_group) for _ in range(groups)]
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
@@ -59,9 +70,10 @@ def configs(groups: int, worker_bytes: int, layers_of_a_group: int):
         (by_layer(), 1, LAYERS * PAGE),
         (by_layer(padding=24), 1, LAYERS * (PAGE + 24)),
         (packed(), 1, LAYERS * PAGE),
+        (views_into_one_storage(), 1, LAYERS * PAGE),
         (packed(groups=3), 3, LAYERS * PAGE),  # three groups of a layer each share the block
     ],
-    ids=["by layer", "padded", "packed", "packed hybrid"],
+    ids=["by layer", "padded", "packed", "views", "packed hybrid"],
 )
 def test_a_slot_holds_any_groups_block_and_copies_touch_that_block_only(kv_caches, groups, worker_bytes):
     payload = Geometry.of(*configs(groups, worker_bytes, LAYERS // groups)).payload_bytes
@@ -85,6 +97,28 @@ def test_a_slot_holds_any_groups_block_and_copies_touch_that_block_only(kv_cache
 def test_a_packed_block_is_one_region():
     ((region,),) = regions(packed())
     assert (region.stride, region.nbytes) == (LAYERS * PAGE, LAYERS * PAGE)
+
+
+PAGES = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}  # 16 * 2 * 8 * 4 * 2 = 2048 bytes
+PLAIN, PADDED = FullAttentionSpec(**PAGES), FullAttentionSpec(**PAGES, page_size_padded=4096)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers", "least"),
+    [
+        (PLAIN, ["a", "b"], 4096),
+        (PADDED, ["a", "b"], 4096),
+        (UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": PLAIN, "b": PADDED}), ["a", "b"], 4096),
+    ],
+    ids=["plain", "padded", "layers of their own"],
+)
+def test_less_of_a_block_than_its_layers_have_is_refused(spec, layers, least):
+    config, offloading, kv_cache_config = configs(1, 0, 2)
+    kv_cache_config.kv_cache_groups = [KVCacheGroupSpec(layers, spec)]
+    geometry = Geometry.of(config, offloading, kv_cache_config)
+    check_regions([[Region(4096, 2048, 2048)] * 2], geometry.least_bytes)
+    with pytest.raises(ConfigError, match=f"finds 2048 of the {least} bytes of a KV block of group 0"):
+        check_regions([[Region(4096, 2048, 2048)]], geometry.least_bytes)
 
 
 def on(*devices: str) -> CanonicalKVCaches:

@@ -59,6 +59,13 @@ def test_an_adapter_with_other_content_gets_other_keys_after_a_restart(weights):
     assert len({KEY, salted(KEY, before), salted(KEY, after)}) == 3
 
 
+def test_an_adapter_with_another_scale_gets_other_keys_after_a_restart(weights):
+    (weights / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16}')
+    before = LoraSalts().of(adapter(weights))
+    (weights / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 64}')
+    assert LoraSalts().of(adapter(weights)) != before
+
+
 def test_blocks_of_an_adapter_whose_files_changed_while_in_use_are_never_found_again(weights):
     salts = LoraSalts()
     before = salts.of(adapter(weights))

@@ -56,7 +56,7 @@ def offloading_config() -> OffloadingConfig:
 def adapter(dram_slots: int = 32, **settings) -> ManagerAdapter:
     settings.setdefault("dram_kv_offload_gb", (dram_slots + 4) * slot_bytes(PAYLOAD) / 1e9 + 0.0021)
     manager = ManagerAdapter(Config.parse(settings), offloading_config())
-    manager.open(Geometry(PAYLOAD, ranks=1, engines=1, blocks_per_step=8), {"model": "test"})
+    manager.open(Geometry(PAYLOAD, (PAYLOAD,) * len(GROUPS), ranks=1, engines=1, blocks_per_step=8), {"model": "test"})
     return manager
 
 

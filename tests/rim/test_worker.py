@@ -10,9 +10,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 )
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
+from kvoffload.vllm import worker
 from kvoffload.vllm.connector import ConnectorWorker, KVOffloadConnector
 from kvoffload.vllm.transfer import SlotSpec
-from kvoffload.vllm.worker import WorkerAdapter
+from kvoffload.vllm.worker import WorkerAdapter, stream_of
 
 
 class FakeWorker:
@@ -82,3 +83,14 @@ def test_a_vllm_that_does_not_ask_by_request_gets_all_blocks_of_failed_loads_onc
     assert connector.get_finished(set()) == (set(), set(LOADS.values()))
     assert connector.get_block_ids_with_load_errors() == {7, 8, 9, 20}
     assert connector.get_block_ids_with_load_errors() == set()
+
+
+def test_copies_are_ordered_after_the_stream_that_is_current_when_they_are_handed_over(monkeypatch):
+    current = {3: 0}
+    streams = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=current[device]))
+    monkeypatch.setattr(worker.torch, "cuda", streams)
+    ask = stream_of(3)
+    assert ask() == 0
+    current[3] = 77
+    assert ask() == 77
+    assert stream_of(None)() == 0
