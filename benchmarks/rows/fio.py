@@ -6,8 +6,10 @@ and depth 32 that took 18 and 70 % of its rate in two runs). As a mixed job with
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,16 @@ def is_installed() -> bool:
     return shutil.which("fio") is not None
 
 
+def _become_free(count: int) -> bool:
+    """Waits until that many reserved huge pages are free: those of an ended process are for a while still held by io_uring,
+    and a process that finds too few fails at its first access only (EFAULT)."""
+    for _ in range(200):
+        if int(re.search(r"HugePages_Free: *(\d+)", Path("/proc/meminfo").read_text())[1]) >= count:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @contextmanager
 def reserved_huge_pages(count: int) -> Iterator[bool]:
     """Reserves this many more while it is open, if the system lets us; yields whether it did."""
@@ -35,7 +47,7 @@ def reserved_huge_pages(count: int) -> Iterator[bool]:
         yield False
         return
     try:
-        yield int(HUGE_PAGES_RESERVED.read_text()) == before + count
+        yield _become_free(count)
     finally:
         now = int(HUGE_PAGES_RESERVED.read_text())
         HUGE_PAGES_RESERVED.write_text(str(max(0, now - count)))
@@ -68,7 +80,8 @@ class FioRow:
     def _run(self, direction: str, depth: int, nbytes: int = 0) -> tuple[Sample, float]:
         """The sample by fio's own account, and the CPU time of the whole process."""
         place = self.place
-        with reserved_huge_pages(-(-depth * place.slot_bytes // HUGE_PAGE) + 1) as is_reserved:
+        needed = -(-depth * place.slot_bytes // HUGE_PAGE) + 2  # fio aligns its buffers twice
+        with reserved_huge_pages(needed) as is_reserved:
             self.pages.add("reserved huge pages (mmaphuge)" if is_reserved else "transparent huge pages (malloc, advised)")
             environment = dict(os.environ) | ({} if is_reserved else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
             memory = ["--iomem=mmaphuge"] if is_reserved else ["--iomem=malloc", "--iomem_align=2m"]
