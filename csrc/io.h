@@ -13,6 +13,7 @@ enum kvo_io_kind { KVO_IO_READ, KVO_IO_WRITE, KVO_IO_CALL };
 typedef struct kvo_io {
     enum kvo_io_kind kind;
     int fd;
+    bool direct; /* fd was opened with O_DIRECT */
     uint8_t *buffer;
     uint64_t bytes, offset;
     uint64_t done;  /* bytes transferred so far */

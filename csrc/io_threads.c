@@ -51,7 +51,7 @@ bool kvo_io_advance(kvo_io *io, int64_t outcome) {
     io->done += (uint64_t)outcome;
     if (io->done >= io->bytes) return true;
     /* Direct I/O continues at aligned places only; less than that is the end of the file, or of the device. */
-    if ((uint64_t)outcome < KVO_ALIGNMENT || outcome % KVO_ALIGNMENT != 0) {
+    if (outcome == 0 || (io->direct && outcome % KVO_ALIGNMENT != 0)) {
         io->result = io->kind == KVO_IO_READ ? -ENODATA : -EIO;
         return true;
     }

@@ -24,14 +24,19 @@ kvo_drives *kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, uint32_
 
 #include <liburing.h>
 
-#define WORK_AT_ONCE (512u << 10) /* bytes of work between two visits to the kernel, so that no drive waits long */
-#define RETRY_US 1000u            /* when the kernel is short of memory */
+#define WORK_AT_ONCE (512u << 10) /* bytes of work in one visit, so that neither drives nor callers wait long */
+#define RETRY_US 1000u            /* when the kernel refuses, for lack of memory mostly */
+
+#ifndef KVO_TRANSFER_BYTES
+#define KVO_TRANSFER_BYTES (1u << 30) /* the kernel's counts are 32 bits wide; tests have smaller ones */
+#endif
 
 typedef struct {
     kvo_drives face;
     struct io_uring ring;
     int kick_fd;
     eventfd_t kicks;            /* what the read below delivers */
+    int kick_error;             /* of the last such read */
     bool armed;                 /* a read of kick_fd is in the ring, so that one system call waits for everything */
     kvo_io *again, **again_end; /* started, or short, and not in the submission queue yet */
 } uring;
@@ -43,15 +48,15 @@ static kvo_io *take(uring *self) {
     return io;
 }
 
-/* Puts what waits into the submission queue as far as it has room, and hands it over where work would delay it. */
+/* Puts what waits into the submission queue, as far as it has room and until enough work was done. */
 static void prepare(uring *self) {
     uint64_t worked = 0;
     while (self->again != NULL) {
         kvo_io *io = self->again;
         bool has_work = io->kind == KVO_IO_WRITE && io->done == 0 && io->work != NULL;
         if (has_work && worked + io->bytes > WORK_AT_ONCE) {
-            io_uring_submit(&self->ring); /* should it fail, the next visit tries again */
-            worked = 0;
+            if (worked > 0) return;
+            io_uring_submit(&self->ring); /* what is ready first; should it fail, the next visit tries again */
         }
         struct io_uring_sqe *sqe = io_uring_get_sqe(&self->ring);
         if (sqe == NULL) return;
@@ -62,7 +67,7 @@ static void prepare(uring *self) {
         }
         uint8_t *at = io->buffer + io->done;
         uint64_t left = io->bytes - io->done, offset = io->offset + io->done;
-        unsigned length = left < (1u << 30) ? (unsigned)left : 1u << 30; /* the kernel's counts are 32 bits wide */
+        unsigned length = left < KVO_TRANSFER_BYTES ? (unsigned)left : KVO_TRANSFER_BYTES;
         if (io->kind == KVO_IO_READ) io_uring_prep_read(sqe, io->fd, at, length, offset);
         else io_uring_prep_write(sqe, io->fd, at, length, offset);
         io_uring_sqe_set_data(sqe, io);
@@ -88,15 +93,14 @@ static void uring_wait(kvo_drives *face, uint64_t timeout_us) {
     uring *self = (uring *)face;
     arm(self);
     prepare(self);
-    bool all = self->armed && self->again == NULL;
-    if (!all && timeout_us > RETRY_US) timeout_us = RETRY_US;
+    if (!self->armed || self->again != NULL) timeout_us = 0;
     struct __kernel_timespec timeout = {.tv_sec = (int64_t)(timeout_us / 1000000u),
                                         .tv_nsec = (long long)(timeout_us % 1000000u) * 1000};
     struct io_uring_cqe *cqe;
     int error = timeout_us == 0 ? io_uring_submit_and_get_events(&self->ring)
                                 : io_uring_submit_and_wait_timeout(&self->ring, &cqe, 1,
                                                                    timeout_us == UINT64_MAX ? NULL : &timeout, NULL);
-    if (error == -EAGAIN || error == -EBUSY || error == -ENOMEM) usleep(RETRY_US);
+    if (error < 0 && error != -ETIME && error != -EINTR) usleep(RETRY_US);
 }
 
 static kvo_io *uring_reap(kvo_drives *face) {
@@ -108,6 +112,7 @@ static kvo_io *uring_reap(kvo_drives *face) {
         io_uring_cqe_seen(&self->ring, cqe);
         if (data == self) {
             self->armed = false;
+            self->kick_error = outcome < 0 ? outcome : 0;
             continue;
         }
         kvo_io *io = data;
@@ -132,27 +137,31 @@ static int32_t no_work(void *owner) {
     return 0;
 }
 
+/* Runs one request to its end, or, without one, a read of a kick. */
 static int run_one(uring *self, kvo_io *io) {
-    uring_start(&self->face, io);
+    if (io != NULL) uring_start(&self->face, io);
+    else arm(self);
     prepare(self);
-    while (uring_reap(&self->face) == NULL) {
+    while (uring_reap(&self->face) == NULL && (io != NULL || self->armed)) {
         struct io_uring_cqe *cqe;
         int error = io_uring_submit_and_wait_timeout(&self->ring, &cqe, 1, NULL, NULL);
         if (error < 0 && error != -EINTR) return error;
         prepare(self);
     }
-    return io->result;
+    return io != NULL ? io->result : self->kick_error;
 }
 
-/* Writes and reads a page of a memory file: what a sandbox denies or a kernel lacks fails here. */
+/* Writes and reads a page of a memory file, and reads a kick: what a sandbox denies or a kernel lacks fails here. */
 static int probe(uring *self) {
+    if (eventfd_write(self->kick_fd, 1) != 0) return -errno;
+    int status = run_one(self, NULL);
+    if (status != 0) return status;
     int fd = memfd_create("kvoffload-probe", MFD_CLOEXEC);
     if (fd < 0) return -errno;
     uint8_t out[KVO_ALIGNMENT], in[KVO_ALIGNMENT] = {0};
     memset(out, 0x5a, sizeof out);
     kvo_io steps[] = {{.kind = KVO_IO_WRITE, .fd = fd, .buffer = out, .bytes = sizeof out, .work = no_work},
                       {.kind = KVO_IO_READ, .fd = fd, .buffer = in, .bytes = sizeof in, .work = no_work}};
-    int status = 0;
     for (unsigned i = 0; i < sizeof steps / sizeof *steps && status == 0; i++) status = run_one(self, &steps[i]);
     close(fd);
     return status == 0 && memcmp(out, in, sizeof out) != 0 ? -EIO : status;

@@ -150,11 +150,10 @@ static void take_growth(kvo_engine *e, kvo_store_file *grown) {
 }
 
 static void take_drives(kvo_engine *e, kvo_drives *drives) {
-    uint64_t verified = 0;
-    for (kvo_io *io; !e->more && (io = drives->reap(drives)) != NULL;) {
+    uint64_t verified = 0; /* by this thread */
+    for (kvo_io *io; verified < TURN_BYTES && (io = drives->reap(drives)) != NULL;) {
         kvo_record *record = io->owner;
-        if (record->op.kind == KVO_READ) verified += io->bytes;
-        e->more = verified >= TURN_BYTES;
+        if (record->op.kind == KVO_READ && !drives->threaded) verified += io->bytes;
         kvo_count_io(e, record, -1);
         if (record->abandoned) {
             release_memory(e, record);
@@ -163,13 +162,16 @@ static void take_drives(kvo_engine *e, kvo_drives *drives) {
             kvo_finish(e, &e->running, record, record->op.kind == KVO_READ ? read_status(e, record) : io->result);
         }
     }
+    e->more = e->more || verified >= TURN_BYTES;
 }
 
+/* Takes in what wrote to kick_fd, too. What a kick announces (finished growths, buffered transfers and copies,
+ * submissions) must be looked at after it was taken in: the next sleep does not see that kick any more. */
 static void take_io(kvo_engine *e) {
-    for (kvo_io *io; e->growths > 0 && (io = e->growers->reap(e->growers)) != NULL;) take_growth(e, io->owner);
     e->more = false;
     take_drives(e, e->io);
-    if (e->buffered != NULL) take_drives(e, e->buffered);
+    for (kvo_io *io; e->growths > 0 && (io = e->growers->reap(e->growers)) != NULL;) take_growth(e, io->owner);
+    if (e->slot_count != 0 && e->buffered != NULL) take_drives(e, e->buffered); /* slot_count publishes it */
 }
 
 static void take_copies(kvo_engine *e) {
@@ -280,9 +282,10 @@ void *kvo_pump(void *engine) {
     pthread_setname_np(pthread_self(), "kvo-pump");
     if (!open_io(e)) return NULL;
     e->next_deadline = UINT64_MAX;
-    while (!take_submissions(e)) {
+    for (;;) {
         take_io(e);
         take_copies(e);
+        if (take_submissions(e)) break;
         expire(e);
         /* In this order: what a step gives back, the later ones can use. */
         kvo_start_copies_in(e);

@@ -10,8 +10,6 @@ typedef struct {
     uint32_t capacity, first, count;
 } kvo_ring;
 
-static inline bool kvo_ring_full(const kvo_ring *ring) { return ring->count == ring->capacity; }
-
 /* The place of a new last element. REQUIRES: not full. */
 static inline uint32_t kvo_ring_push(kvo_ring *ring) {
     uint32_t room = ring->capacity - ring->first; /* elements before the array's end */

@@ -182,7 +182,10 @@ int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected
 }
 
 void kvo_file_close(kvo_file *file) {
-    if (file->fd >= 0) close(file->fd);
+    if (file->fd >= 0) {
+        flock(file->fd, LOCK_UN); /* also for a forked child, which holds a copy of the descriptor */
+        close(file->fd);
+    }
     free(file->path);
     *file = (kvo_file){.fd = -1};
 }

@@ -50,8 +50,8 @@ void kvo_start_copies_out(kvo_engine *e) {
     }
 }
 
-/* Seals what is to be written, or verifies what was read. On a thread of the backend's: the record and the slot's bytes
- * are its own until the request is reaped, what else it looks at does not change. */
+/* Seals what is to be written, or verifies what was read. Often on a thread of the backend's: the record and the slot's
+ * bytes are its own until the request is reaped, what else it looks at does not change. */
 static int32_t seal(void *owner) {
     kvo_record *record = owner;
     kvo_block block = kvo_block_of(record->engine, &record->op);
@@ -72,6 +72,7 @@ static void start_io(kvo_engine *e, kvo_record *record, enum kvo_io_kind kind) {
     const kvo_file *file = &kvo_file_of(e, record)->file;
     record->io = (kvo_io){.kind = kind,
                           .fd = file->fd,
+                          .direct = file->direct,
                           .buffer = kvo_slots_memory(&e->slots, record->physical),
                           .bytes = kvo_round_up(KVO_HEADER_BYTES + e->group_bytes[record->op.group], KVO_ALIGNMENT),
                           .offset = kvo_file_offset(file, kvo_index_of(e, record)),
@@ -89,10 +90,6 @@ static bool is_haunted(const kvo_engine *e, uint32_t ssd_slot) {
     return false;
 }
 
-static bool is_full(const kvo_store_file *files) {
-    return files->reads + files->writes >= files->depth;
-}
-
 /* At least `least` if `most` allows. */
 static uint32_t clamp(uint64_t number, uint32_t least, uint32_t most) {
     if (number < least) number = least;
@@ -106,6 +103,17 @@ static uint32_t writes_at_most(const kvo_engine *e, const kvo_store_file *files)
     if (files->reads + e->queued[KVO_READ].count > 0)
         return clamp(WRITE_BYTES_BESIDE_READS / slot_bytes, 1, most < WRITES_BESIDE_READS ? most : WRITES_BESIDE_READS);
     return clamp(WRITE_BYTES / slot_bytes, WRITES_AT_LEAST, most);
+}
+
+static bool is_full(const kvo_store_file *files) {
+    return files->reads + files->writes >= files->depth;
+}
+
+/* Whether a file takes no more reads. One place is kept for a write that waits: a steady flow of reads must not keep
+ * writes from ever being started. */
+static bool is_full_of_reads(const kvo_engine *e, const kvo_store_file *files) {
+    bool keep = e->queued[KVO_WRITE].count > 0 && files->depth > 1 && files->writes < writes_at_most(e, files);
+    return files->reads + files->writes + keep >= files->depth;
 }
 
 /* Notes a file that takes no more in this scan. True when none does, so that the scan can end. */
@@ -132,7 +140,7 @@ void kvo_start_reads(kvo_engine *e) {
             kvo_finish(e, queue, record, -ENXIO);
         } else if (kvo_index_of(e, record) >= kvo_file_of(e, record)->file.allocated) {
             kvo_finish(e, queue, record, -EBADMSG);
-        } else if (is_full(kvo_file_of(e, record))) {
+        } else if (is_full_of_reads(e, kvo_file_of(e, record))) {
             if (note_full(e, kvo_file_of(e, record), &full)) return;
         } else if (has_spares_for(e, record) && !is_haunted(e, record->op.ssd_slot)) {
             record->physical = kvo_slots_fill(&e->slots, record->op.dram_slot);
@@ -178,13 +186,13 @@ static bool may_seal(kvo_engine *e, const kvo_record *record) {
 }
 
 bool kvo_seal_ahead(kvo_engine *e) {
-    if (e->reads + e->queued[KVO_READ].count > 0 || e->io->threaded || e->slots.slot_bytes < SEALED_AHEAD_FROM)
-        return false;
+    if (e->reads + e->queued[KVO_READ].count > 0 || e->slots.slot_bytes < SEALED_AHEAD_FROM) return false;
     uint32_t ahead = 0;
     for (kvo_record *record = e->queued[KVO_WRITE].first; record != NULL && ahead < SEALED_AHEAD; record = record->next) {
         ahead++;
         if (record->sealed) continue;
-        if (record->op.ssd_slot >= e->slot_count || !may_seal(e, record)) return false;
+        if (record->op.ssd_slot >= e->slot_count || kvo_file_of(e, record)->drives->threaded) return false;
+        if (!may_seal(e, record)) return false;
         e->io->wait(e->io, 0); /* the drive first */
         if (begin_write(e, record)) record->sealed = seal(record) == 0;
         return true;
