@@ -85,9 +85,11 @@ def cpu_binding(ranks: int) -> str:
 def child_environment(ranks: int) -> dict[str, str]:
     ours = {
         "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # engines share cores: threads that wait by spinning take them from the others
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": cpu_binding(ranks),
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "36000",  # the time it is stopped counts, see awake()
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -225,7 +225,10 @@ def test_every_hand_over_to_the_engine_names_the_stream_that_is_current_then(mon
     assert engine.streams == [11, 22, 33]
 
 
-@pytest.mark.parametrize("order", itertools.permutations((errno.ECANCELED, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EBADMSG)))
+FAILURES = (errno.ECANCELED, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EBADMSG)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(FAILURES)))
 def test_of_several_ranks_failures_the_one_that_says_most_about_a_block_stays(order):
     report = TransferReport()
     for error in order:
