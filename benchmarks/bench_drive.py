@@ -24,7 +24,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.report import Cell
 from benchmarks.rows import fio
-from benchmarks.rows.base import Place, Row, RowError, Sample, settle
+from benchmarks.rows.base import Place, Row, RowError, Sample, make_file, settle
 from benchmarks.rows.engine import EngineRow
 from benchmarks.rows.loop import LoopRow
 from benchmarks.rows.reference import ReferenceRow
@@ -36,7 +36,7 @@ DIRECTIONS = ("write", "read")
 PASS_S = {"drive": 0.75, "tmpfs": 0.9}  # of one row over one GiB with what surrounds it, for the estimate
 SIZE_S = 4.0  # making files, filling buffers, fio's trials
 
-FIO = "fio"
+FIO, FIO_ALL = "fio", "fio, buffers as many as ours"
 ENGINE, THREADS, REFERENCE = "kvoffload io_uring", "kvoffload threads", "kvoffload reference"
 VLLM, LOOP = "vLLM fs tier", "pread/pwrite loop"
 
@@ -54,6 +54,7 @@ class Bench:
         rows: list[Row] = [] if self.arguments.without_fio else [fio.FioRow(FIO)]
         rows += [EngineRow(ENGINE, "io_uring"), EngineRow(THREADS, "threads")]
         if medium == "drive":
+            rows[1:1] = [] if self.arguments.without_fio else [fio.FioRow(FIO_ALL, all_buffers=True)]
             rows.append(ReferenceRow(REFERENCE))
         return [*rows, VllmFsRow(VLLM), LoopRow(LOOP)]
 
@@ -83,33 +84,42 @@ class Bench:
                     self.measure(place, self.rows(medium))
 
     def measure(self, place: Place, rows: list[Row]) -> None:
+        make_file(place)
         with contextlib.ExitStack() as stack:
             for row in rows:
                 stack.callback(row.close)
                 row.prepare(place)
-            samples = {direction: self.turns(place, rows, direction) for direction in DIRECTIONS}
+            samples, checked = self.turns(place, rows)
             for row in rows:
-                checked = row.check(np.random.default_rng(1).permutation(place.slots)[:CHECKED_SLOTS].tolist())
                 notes = [note.replace(f"{place.folder}/", "") for note in row.notes()]
                 for direction in DIRECTIONS:
                     warm_up, *counted = samples[direction][row.name]
                     where = (place.medium, place.slot_bytes, direction)
-                    self.cells.append(Cell(*where, row.name, warm_up, counted, checked, notes))
+                    self.cells.append(Cell(*where, row.name, warm_up, counted, checked[row.name], notes))
 
-    def turns(self, place: Place, rows: list[Row], direction: str) -> dict[str, list[Sample]]:
-        samples: dict[str, list[Sample]] = {row.name: [] for row in rows}
+    def turns(self, place: Place, rows: list[Row]) -> tuple[dict[str, dict[str, list[Sample]]], dict[str, int]]:
+        """Samples by direction and row, and how many slots of each row were compared at last."""
+        samples: dict[str, dict[str, list[Sample]]] = {direction: {row.name: [] for row in rows} for direction in DIRECTIONS}
+        checked = {}
         for turn in range(self.arguments.repetitions + 1):
-            order = np.random.default_rng([turn, direction == "read"]).permutation(place.slots)
             first = turn % len(rows)
             for row in rows[first:] + rows[:first]:
-                settle(place.folder)
-                samples[row.name].append(getattr(row, direction)(order))
+                for direction in DIRECTIONS:
+                    order = np.random.default_rng([turn, direction == "read"]).permutation(place.slots)
+                    settle(place.folder)
+                    samples[direction][row.name].append(getattr(row, direction)(order))
+                if turn == self.arguments.repetitions:
+                    checked[row.name] = row.check(order[:CHECKED_SLOTS].tolist())
+        for direction in DIRECTIONS:
+            self.tell(place, direction, samples[direction])
+        return samples, checked
+
+    def tell(self, place: Place, direction: str, samples: dict[str, list[Sample]]) -> None:
         rates = {name: np.median([sample.gb_per_s for sample in taken[1:]]) for name, taken in samples.items()}
         figures = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         size = report.size_name(place.slot_bytes)
         self.console.print(f"{minutes:2}:{seconds:02} {place.medium} {size} {direction}, GB/s: {figures}", highlight=False)
-        return samples
 
 
 @contextlib.contextmanager
@@ -165,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     except RowError as error:
         print(error, file=sys.stderr)
         return 1
-    names = report.Names(FIO, ENGINE, THREADS, VLLM)
+    names = report.Names(FIO, FIO_ALL, ENGINE, THREADS, VLLM)
     report.write(arguments.output, bench.cells, names, machine(), vars(arguments))
     print((arguments.output / "bench_drive.md").read_text())
     return 0

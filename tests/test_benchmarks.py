@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import bench_drive
 from benchmarks.rows import fio
-from benchmarks.rows.base import Place, RowError
+from benchmarks.rows.base import PAGE, Place, RowError, make_file
 from benchmarks.rows.engine import EngineRow
 from benchmarks.rows.loop import LoopRow
 from tests.engine.world import has_io_uring
@@ -36,12 +36,13 @@ def test_every_row_delivers_every_cell(folder, monkeypatch):
     rows = [bench_drive.ENGINE, bench_drive.THREADS, bench_drive.VLLM, bench_drive.LOOP, *([] if without else [bench_drive.FIO])]
     expected = {(medium, way, row) for medium in ("drive", "tmpfs") for way in ("write", "read") for row in rows}
     expected |= {("drive", way, bench_drive.REFERENCE) for way in ("write", "read")}
+    expected |= {("drive", way, bench_drive.FIO_ALL) for way in ("write", "read") if not without}
     assert {(cell["medium"], cell["direction"], cell["row"]) for cell in cells} == expected
     assert len(cells) == len(expected)
     for cell in cells:
         assert cell["gb_per_s"]["median"] > 0 and cell["cpu_s_per_gib"]["median"] >= 0
         assert 0 < cell["p50_ms"]["median"] <= cell["p99_ms"]["median"]
-        assert cell["checked_slots"] == (0 if cell["row"] == bench_drive.FIO else bench_drive.CHECKED_SLOTS)
+        assert cell["checked_slots"] == (0 if cell["row"] in (bench_drive.FIO, bench_drive.FIO_ALL) else bench_drive.CHECKED_SLOTS)
     for name in ("bench_drive.md", "bench_drive.png"):
         assert (folder / "output" / name).stat().st_size > 1000
     assert not (folder / "drive").exists()
@@ -52,15 +53,16 @@ def test_every_row_delivers_every_cell(folder, monkeypatch):
 )
 def test_a_flipped_byte_is_noticed(folder, row):
     try:
-        row.prepare(Place(folder, "drive", SLOT_BYTES, SLOTS, memory_bytes=16 * SLOT_BYTES))
+        place = Place(folder, "drive", SLOT_BYTES, SLOTS, memory_bytes=16 * SLOT_BYTES)
+        make_file(place)
+        row.prepare(place)
         order = np.random.default_rng(0).permutation(SLOTS)
         for _ in range(2):  # what was read is what is written next
             row.write(order)
             row.read(order[::-1])
         assert row.check(range(SLOTS)) == SLOTS
-        file = next(folder.glob("*.slots"))
-        with file.open("r+b") as opened:
-            opened.seek(-100, 2)
+        with place.file.open("r+b") as opened:
+            opened.seek(PAGE + SLOTS * SLOT_BYTES - 100)
             byte = opened.read(1)
             opened.seek(-1, 1)
             opened.write(bytes([byte[0] ^ 1]))

@@ -6,6 +6,7 @@ Latency, from submission to completion: a pass of its own, untimed, with as litt
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -40,8 +41,7 @@ class EngineRow:
     def prepare(self, place: Place) -> None:
         self.place = place
         self.payload = place.slot_bytes - HEADER_BYTES
-        path = place.folder / f"{self.io_backend}.slots"
-        path.write_bytes(pack_superblock(self.payload, FINGERPRINT, 0, 1, 0, 1))
+        path = self.make_file()
         options = EngineOptions(self.payload, place.buffers, SPARE_SLOTS, OPS_MAX, io_backend=self.io_backend)
         self.engine = self.open(options)
         self.scratch = np.zeros(self.payload, np.uint8)
@@ -53,6 +53,11 @@ class EngineRow:
         ops = self._ops(OpKind.COPY_OUT, self.in_dram)
         ops["dram_slot"] = ops["kv_block"] = ops["generation"] = self.in_dram
         self._run(ops)
+
+    def make_file(self) -> Path:
+        with self.place.file.open("r+b") as file:
+            file.write(pack_superblock(self.payload, FINGERPRINT, 0, 1, 0, 1))
+        return self.place.file
 
     @staticmethod
     def _ops(kind: OpKind, order: np.ndarray) -> np.ndarray:

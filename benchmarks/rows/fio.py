@@ -1,4 +1,7 @@
-"""fio as the ceiling: io_uring, buffers on huge pages, one file that is written before, no checksum.
+"""fio as the ceiling: io_uring, buffers on huge pages, the slots of the shared file, no checksum.
+
+It has as many buffers as its depth, the best of three. So few buffers stay in the processor's cache, whose speed a drive of
+a virtual machine has too; a second row is fio with as many buffers as the other rows have, which is then its depth.
 
 fio does not touch its buffers before it reads into them, so the time of a read includes the first use of memory (at 16 MiB
 and depth 32 that took 18 and 70 % of its rate in two runs). As a mixed job with 100 % reads it fills them at its start.
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows.base import HUGE_PAGE, HugeBuffers, Place, RowError, Sample
+from benchmarks.rows.base import HUGE_PAGE, PAGE, Place, RowError, Sample
 
 DEPTHS = (8, 16, 32)
 HUGE_PAGES_RESERVED = Path("/proc/sys/vm/nr_hugepages")
@@ -54,28 +57,20 @@ def reserved_huge_pages(count: int) -> Iterator[bool]:
 
 
 class FioRow:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, all_buffers: bool = False) -> None:
+        self.name, self.all_buffers = name, all_buffers
 
     def prepare(self, place: Place) -> None:
         self.place, self.pages = place, set()
         self.depths, self.startup_cpu = {}, {}
-        self.file = place.folder / "fio.slots"
-        self._write_file()
         for direction in READ_PERCENT:
-            trials = {depth: self._run(direction, depth)[0].gb_per_s for depth in DEPTHS}
-            self.depths[direction] = place.depths[direction] = max(trials, key=trials.get)
+            self.depths[direction] = place.buffers
+            if not self.all_buffers:
+                trials = {depth: self._run(direction, depth)[0].gb_per_s for depth in DEPTHS}
+                self.depths[direction] = place.depths[direction] = max(trials, key=trials.get)
             if place.medium == "tmpfs":
                 one = [self._run(direction, self.depths[direction], place.slot_bytes)[1] for _ in range(3)]
                 self.startup_cpu[direction] = sorted(one)[1]
-
-    def _write_file(self) -> None:
-        direct = os.O_DIRECT if self.place.medium == "drive" else 0
-        fd = os.open(self.file, os.O_WRONLY | os.O_CREAT | direct, 0o600)
-        buffer = HugeBuffers(1, self.place.slot_bytes).views[0]
-        for slot in range(self.place.slots):
-            os.pwrite(fd, buffer, slot * self.place.slot_bytes)
-        os.close(fd)
 
     def _run(self, direction: str, depth: int, nbytes: int = 0) -> tuple[Sample, float]:
         """The sample by fio's own account, and the CPU time of the whole process."""
@@ -86,7 +81,7 @@ class FioRow:
             environment = dict(os.environ) | ({} if is_reserved else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
             memory = ["--iomem=mmaphuge"] if is_reserved else ["--iomem=malloc", "--iomem_align=2m"]
             command = [
-                *("fio", "--name=ceiling", f"--filename={self.file}", "--ioengine=io_uring", *memory),
+                *("fio", "--name=ceiling", f"--filename={place.file}", f"--offset={PAGE}", "--ioengine=io_uring", *memory),
                 *(f"--direct={int(place.medium == 'drive')}", f"--iodepth={depth}", f"--bs={place.slot_bytes}"),
                 *(f"--size={place.slots * place.slot_bytes}", f"--io_size={nbytes or place.slots * place.slot_bytes}"),
                 *("--rw=randrw", f"--rwmixread={READ_PERCENT[direction]}", "--randrepeat=0", "--scramble_buffers=0"),
@@ -137,7 +132,8 @@ class FioRow:
 
     def notes(self) -> list[str]:
         depths = ", ".join(f"{direction} depth {depth}" for direction, depth in self.depths.items())
-        return [f"{depths}, the best of {DEPTHS} in one trial each", *sorted(self.pages), "slots in an order of its own"]
+        chosen = depths if self.all_buffers else f"{depths}, the best of {DEPTHS} in one trial each"
+        return [chosen, *sorted(self.pages), "slots in an order of its own"]
 
     def close(self) -> None:
         return

@@ -1,4 +1,4 @@
-"""A plain loop of os.pwritev and os.preadv on one preallocated file, one call at a time, from many buffers in turn."""
+"""A plain loop of os.pwritev and os.preadv on the shared file, one call at a time, from many buffers in turn."""
 
 import os
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from benchmarks.rows.base import HugeBuffers, Place, RowError, Sample, Stopwatch, content
+from benchmarks.rows.base import PAGE, HugeBuffers, Place, RowError, Sample, Stopwatch, content
 
 
 class LoopRow:
@@ -17,8 +17,7 @@ class LoopRow:
     def prepare(self, place: Place) -> None:
         self.place = place
         direct = os.O_DIRECT if place.medium == "drive" else 0
-        self.fd = os.open(place.folder / "loop.slots", os.O_RDWR | os.O_CREAT | direct, 0o600)
-        os.posix_fallocate(self.fd, 0, place.slots * place.slot_bytes)
+        self.fd = os.open(place.file, os.O_RDWR | direct)
         self.buffers = HugeBuffers(place.buffers, place.slot_bytes)
         self.in_memory = np.arange(place.buffers)
         self.in_file = np.zeros(place.slots, int)
@@ -29,7 +28,7 @@ class LoopRow:
         with Stopwatch() as watch:
             for turn, slot in enumerate(order.tolist()):
                 start = now()
-                if call(self.fd, [views[turn % len(views)]], slot * size) != size:
+                if call(self.fd, [views[turn % len(views)]], PAGE + slot * size) != size:
                     raise RowError(f"{self.name}: slot {slot} was moved in part only")
                 latencies.append(now() - start)
         return watch.sample(len(order) * size, np.array(latencies) * 1e3)
@@ -47,7 +46,7 @@ class LoopRow:
     def check(self, slots: Sequence[int]) -> int:
         for slot in slots:
             self.buffers.array[0] = 0
-            os.preadv(self.fd, [self.buffers.views[0]], slot * self.place.slot_bytes)
+            os.preadv(self.fd, [self.buffers.views[0]], PAGE + slot * self.place.slot_bytes)
             self.in_memory[0] = self.in_file[slot]
             if not np.array_equal(self.buffers.array[0], content(self.in_file[slot], self.place.slot_bytes)):
                 raise RowError(f"{self.name}: slot {slot} holds other bytes than were written")
