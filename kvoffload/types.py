@@ -79,7 +79,7 @@ class EngineOptions:
     dram_slots: int  # slots 0 .. dram_slots-1, addressed by the scheduler
     spare_slots: int  # staging memory the engine uses by itself
     max_ops: int = 4096  # operations accepted and not yet polled
-    io_depth: int = 64  # reads and writes in the drives at once
+    io_depth: int = 256  # reads and writes in the drives at once; small slots need that many
     io_backend: str = "auto"  # "auto", "io_uring" or "threads"
     device: int | None = None  # CUDA device whose memory holds the KV cache; None: host memory
 
