@@ -2,11 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -118,8 +120,11 @@ static int open_flags(int fd, int extra) {
 }
 
 /* Reads the superblock with direct I/O and writes the same bytes back; some file systems accept the flag and then
- * refuse the transfer. Returns 0, or the errno of the refusal with the file back in buffered mode. */
+ * refuse the transfer. tmpfs accepts both, but it has nothing to transfer to: it copies. Returns 0, or the errno of the
+ * refusal with the file back in buffered mode. */
 static int probe_direct(int fd, void *page) {
+    struct statfs system;
+    if (fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return EOPNOTSUPP;
     int error = open_flags(fd, O_DIRECT);
     if (error != 0) return error;
     errno = 0; /* a short transfer sets none */
