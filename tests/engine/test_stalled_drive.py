@@ -4,6 +4,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def call(*command: object) -> None:
         pytest.skip(f"no file system on a loop device here: {command[0]}: {done.stderr.strip()}")
 
 
+def unmount(folder: Path) -> None:
+    """The kernel closes the files of an io_uring some time after its process ended."""
+    for _ in range(100):
+        done = subprocess.run(["umount", str(folder)], capture_output=True, text=True)
+        if "busy" not in done.stderr:
+            break
+        time.sleep(0.1)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def frozen_later(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, which the test may freeze."""
@@ -53,7 +64,7 @@ def frozen_later(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["fsfreeze", "-u", str(folder)], capture_output=True)
-        subprocess.run(["umount", str(folder)], check=True)
+        unmount(folder)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="freezes a file system the way Linux does")
