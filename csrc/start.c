@@ -6,10 +6,14 @@
 
 /* Writes of one file in the drive at once. These keep a drive busy; more would only make a read that comes now wait for
  * them, in the drive's queue, where no priority of ours counts. */
-#define WRITE_BYTES (8u << 20)
+#define WRITE_BYTES (4u << 20)
+#define WRITE_BYTES_OF_SMALL (8u << 20) /* of slots up to SMALL, which cost a drive more than their bytes */
+#define SMALL (256u << 10)
 #define WRITES_AT_LEAST 2u /* so that the drive has one while the next is sealed */
-#define WRITE_BYTES_BESIDE_READS (4u << 20)
+#define WRITE_BYTES_BESIDE_READS (2u << 20)
 #define WRITES_BESIDE_READS 2u
+/* Where a read came, the next is likely to come soon: so long the file is treated as if it were there already. */
+#define READS_FOLLOW_US 100000u
 /* Large slots are sealed while the drive is busy with the ones before: few fit into its queue, they tend to end together,
  * and the drive would be idle while their successors are summed. */
 #define SEALED_AHEAD 2u
@@ -97,12 +101,14 @@ static uint32_t clamp(uint64_t number, uint32_t least, uint32_t most) {
 }
 
 /* Writes in flight on one file at most. A write costs reads of the same drive only. */
-static uint32_t writes_at_most(const kvo_engine *e, const kvo_store_file *files) {
+static uint32_t writes_at_most(kvo_engine *e, const kvo_store_file *files) {
     uint64_t slot_bytes = files->file.slot_bytes;
     uint32_t most = files->depth > 1 ? files->depth / 2 : 1;
-    if (files->reads + e->queued[KVO_READ].count > 0)
+    uint64_t now = kvo_now_us(), reads_end = kvo_later(files->read_at, READS_FOLLOW_US);
+    if (now < reads_end && reads_end < e->next_deadline) e->next_deadline = reads_end; /* to look again then */
+    if (files->reads + e->queued[KVO_READ].count > 0 || now < reads_end)
         return clamp(WRITE_BYTES_BESIDE_READS / slot_bytes, 1, most < WRITES_BESIDE_READS ? most : WRITES_BESIDE_READS);
-    return clamp(WRITE_BYTES / slot_bytes, WRITES_AT_LEAST, most);
+    return clamp((slot_bytes > SMALL ? WRITE_BYTES : WRITE_BYTES_OF_SMALL) / slot_bytes, WRITES_AT_LEAST, most);
 }
 
 static bool is_full(const kvo_store_file *files) {
@@ -111,7 +117,7 @@ static bool is_full(const kvo_store_file *files) {
 
 /* Whether a file takes no more reads. One place is kept for a write that waits: a steady flow of reads must not keep
  * writes from ever being started. */
-static bool is_full_of_reads(const kvo_engine *e, const kvo_store_file *files) {
+static bool is_full_of_reads(kvo_engine *e, const kvo_store_file *files) {
     bool keep = e->queued[KVO_WRITE].count > 0 && files->depth > 1 && files->writes < writes_at_most(e, files);
     return files->reads + files->writes + keep >= files->depth;
 }
