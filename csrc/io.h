@@ -1,4 +1,4 @@
-/* io.h - the seam to the drives. Two backends: io_uring.c and io_threads.c.
+/* io.h - the seam to the drives. Two backends: io_uring.c and io_threads.c; io.c is what they share.
  *
  * The pump thread opens a backend, starts requests, reaps them and sleeps in its wait(). A request is the caller's
  * memory and stays put until it is reaped. Short transfers are continued and EINTR and EAGAIN retried below the seam. */
