@@ -1,11 +1,14 @@
-"""What all tests share: seeds that are printed, and the examples directory on the import path."""
+"""What all tests share: seeds that are printed, faults on demand, and the examples directory on the import path."""
 
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.engine.faulty import FaultPlan, faulty_engines
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # the end-to-end tests drive vLLM with the demo's helpers
@@ -22,3 +25,10 @@ def pytest_report_header() -> str:
 def seed() -> int:
     """One seed for the whole run, printed in pytest's header."""
     return SEED
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Iterator[FaultPlan]:
+    """Engines opened in this process have the faults that this plan is told."""
+    with FaultPlan(tmp_path / "faults") as plan, faulty_engines(plan):
+        yield plan

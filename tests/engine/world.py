@@ -2,6 +2,7 @@
 
 import errno
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ PAYLOAD_BYTES = sum(GROUP_REGIONS[0])
 KV_BLOCKS, DRAM_SLOTS, SSD_SLOTS = 24, 8, 20
 BADMSG, CANCELED, TIMEDOUT = -errno.EBADMSG, -errno.ECANCELED, -errno.ETIMEDOUT
 PATIENCE_S = 30.0
+FOREVER_US = 2**64 - 1
 
 
 class KVCache:
@@ -133,3 +135,16 @@ def run(engine: Engine | ReferenceEngine, *ops: np.ndarray) -> dict[int, int]:
 def run_one(engine: Engine | ReferenceEngine, *ops: np.ndarray) -> int:
     """The status of the last of the operations."""
     return run(engine, *ops)[int(ops[-1]["id"][-1])]
+
+
+def stored(engine: Engine | ReferenceEngine, block: int, dram: int, ssd: int) -> None:
+    """The block lies in this DRAM slot and this SSD slot from now on."""
+    assert run_one(engine, copy_out(block, dram)) == 0
+    assert run_one(engine, write(block, dram, ssd)) == 0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
