@@ -12,7 +12,7 @@ PAYLOAD = 8 * 2 * 4 * 64 * 4 * 32  # layers, K and V, heads, head size, float32,
 
 def disk_bytes(path: Path) -> int:
     found = subprocess.run(["du", "-s", "-B1", str(path)], capture_output=True, text=True)  # files may go meanwhile
-    return int(found.stdout.split()[0])
+    return int(found.stdout.split()[0]) if found.stdout else 0
 
 
 def arena_bytes(pid: int) -> int:
