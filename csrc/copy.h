@@ -34,7 +34,7 @@ typedef struct kvo_copier {
     kvo_copy_job *(*reap)(struct kvo_copier *self);
     /* One line for kvo_describe, without its end. */
     void (*describe)(struct kvo_copier *self, char *out, size_t bytes);
-    /* False: a device still uses the copier and the payloads, or may; both stay for the life of the process. */
+    /* False: a device still uses the copier and the payloads, or may; both stay for the life of the process, and kick_fd. */
     bool (*close)(struct kvo_copier *self);
 } kvo_copier;
 
@@ -46,7 +46,8 @@ typedef struct {
 
 /* The KV cache is in host memory. NULL if there is no memory or thread for it. */
 kvo_copier *kvo_copy_host_open(int kick_fd);
-/* The KV cache is in a CUDA device's memory. 0 or -errno with a sentence in err. */
+/* The KV cache is in a CUDA device's memory. 0 or -errno with a sentence in err; *copier, if not NULL then, is to be closed
+ * either way. */
 int kvo_copy_cuda_open(kvo_copier **copier, int ordinal, const kvo_copy_memory *memory, int kick_fd,
                        char err[KVO_ERR_BYTES]);
 

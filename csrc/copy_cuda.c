@@ -326,7 +326,7 @@ static bool cuda_close(kvo_copier *self) {
         if (copier->order != NULL) cuda->cuStreamDestroy(copier->order);
         cuda->cuCtxPopCurrent(&popped);
     }
-    kvo_cuda_close(cuda);
+    if (!kvo_cuda_close(cuda)) return false;
     for (uint32_t out = 0; out < 2; out++) pthread_cond_destroy(&copier->work[out]);
     pthread_cond_destroy(&copier->settled);
     pthread_mutex_destroy(&copier->lock);
@@ -400,9 +400,7 @@ int kvo_copy_cuda_open(kvo_copier **opened, int ordinal, const kvo_copy_memory *
     pthread_mutex_init(&copier->lock, NULL);
     pthread_cond_init(&copier->settled, NULL);
     for (uint32_t out = 0; out < 2; out++) pthread_cond_init(&copier->work[out], NULL);
+    *opened = &copier->face;
     int status = kvo_cuda_open(&copier->cuda, ordinal, err);
-    if (status == 0) status = open_parts(copier, memory, err);
-    if (status == 0) *opened = &copier->face;
-    else cuda_close(&copier->face);
-    return status;
+    return status == 0 ? open_parts(copier, memory, err) : status;
 }

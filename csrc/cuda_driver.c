@@ -102,13 +102,16 @@ uint64_t kvo_cuda_pieces(const kvo_cuda *cuda) {
     return (cuda->pinned_bytes + cuda->piece_bytes - 1) / cuda->piece_bytes;
 }
 
-void kvo_cuda_close(kvo_cuda *cuda) {
-    if (cuda->context == NULL) return;
-    if (cuda->pinned_bytes > 0 && cuda->cuCtxPushCurrent(cuda->context) == CU_SUCCESS) {
+bool kvo_cuda_close(kvo_cuda *cuda) {
+    if (cuda->context == NULL) return true;
+    bool unpinned = cuda->pinned_bytes == 0;
+    if (!unpinned && cuda->cuCtxPushCurrent(cuda->context) == CU_SUCCESS) {
+        unpinned = true;
         for (uint64_t at = 0; at < cuda->pinned_bytes; at += cuda->piece_bytes)
-            cuda->cuMemHostUnregister(cuda->pinned + at);
+            if (cuda->cuMemHostUnregister(cuda->pinned + at) != CU_SUCCESS) unpinned = false;
         cu_context popped;
         cuda->cuCtxPopCurrent(&popped);
     }
     cuda->cuDevicePrimaryCtxRelease(cuda->device);
+    return unpinned;
 }

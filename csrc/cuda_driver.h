@@ -6,6 +6,7 @@
 #ifndef KVO_CUDA_DRIVER_H
 #define KVO_CUDA_DRIVER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -98,8 +99,9 @@ int kvo_cuda_open(kvo_cuda *cuda, int ordinal, char err[KVO_ERR_BYTES]);
  * device's context is current. */
 int kvo_cuda_pin(kvo_cuda *cuda, uint8_t *base, uint64_t bytes, uint64_t slot_bytes, char err[KVO_ERR_BYTES]);
 uint64_t kvo_cuda_pieces(const kvo_cuda *cuda);
-/* Unpins and lets the device go. */
-void kvo_cuda_close(kvo_cuda *cuda);
+/* Unpins and lets the device go. False: some of the memory is pinned still and must stay mapped, because the driver would
+ * take whatever is mapped there next for the pages of before. */
+bool kvo_cuda_close(kvo_cuda *cuda);
 
 const char *kvo_cuda_error(const kvo_cuda *cuda, cu_result result);
 

@@ -98,12 +98,13 @@ static int open_parts(kvo_engine *e, char err[KVO_ERR_BYTES]) {
 
 /* Frees what was opened, from the last to the first. The pump does not run. */
 static void close_parts(kvo_engine *e) {
-    if (e->copier != NULL && !e->copier->close(e->copier)) e->left_behind = true;
-    if (e->left_behind) return; /* kernel, device, or a thread in one of them still use the rest */
+    bool device_is_done = e->copier == NULL || e->copier->close(e->copier);
+    if (e->left_behind) return; /* the kernel, or a thread in it, still uses the rest */
     if (e->io != NULL) e->io->close(e->io);
     if (e->buffered != NULL) e->buffered->close(e->buffered);
     if (e->growers != NULL) e->growers->close(e->growers);
     for (uint32_t i = 0; i < e->file_count; i++) kvo_file_close(&e->files[i].file);
+    if (!device_is_done) return;
     kvo_slots_close(&e->slots);
     if (e->kick_fd >= 0) close(e->kick_fd);
     pthread_cond_destroy(&e->shared.completed);

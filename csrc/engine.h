@@ -131,7 +131,7 @@ struct kvo_engine {
     uint64_t next_deadline; /* none is earlier */
     kvo_stats_t stats;
     bool more;        /* there may be more to reap */
-    bool left_behind; /* kernel or device did not finish before close; their memory must stay */
+    bool left_behind; /* the kernel did not finish before close; its memory must stay */
 
     char io_reason[128];
 };

@@ -479,11 +479,15 @@ def close_ends_while_the_device_hangs(world: World) -> None:
     assert world.device.fake_violations == 0, "what the device still used is still there"
 
 
+def main(scenarios: dict[str, Callable]) -> None:
+    scenario, library, folder, seed = sys.argv[1:]
+    print(f"seed {seed}", file=sys.stderr)
+    scenarios[scenario](World(library, folder, int(seed)))
+
+
 SCENARIOS = {name: member for name, member in list(globals().items()) if getattr(member, "__module__", "") == __name__}
-for helper in ("World", "Journey", "wait_until", "take"):
+for helper in ("World", "Journey", "wait_until", "take", "main"):
     del SCENARIOS[helper]
 
 if __name__ == "__main__":
-    scenario, library, folder, seed = sys.argv[1:]
-    print(f"seed {seed}", file=sys.stderr)
-    SCENARIOS[scenario](World(library, folder, int(seed)))
+    main(SCENARIOS)

@@ -13,6 +13,7 @@ import pytest
 
 from kvoffload.engine import Engine
 from kvoffload.engine.reference import ReferenceEngine
+from tests.engine import cuda_leftovers
 from tests.engine.cuda_scenarios import SCENARIOS
 from tests.engine.fake_cuda import compile_fake, compile_shared
 from tests.engine.world import make_options
@@ -75,6 +76,11 @@ def test_on_every_driver(scenario: str, version: int, libraries: dict[int, Path]
 @pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in (*ON_ALL_VERSIONS, WITH_SMALL_PIECES)])
 def test_on_a_device(scenario: str, libraries: dict[int, Path], tmp_path: Path, seed: int) -> None:
     run_scenario([scenario, libraries[13000], tmp_path, seed], ["-m", "tests.engine.cuda_scenarios"])
+
+
+@pytest.mark.parametrize("scenario", cuda_leftovers.SCENARIOS)
+def test_left_to_a_device(scenario: str, libraries: dict[int, Path], tmp_path: Path, seed: int) -> None:
+    run_scenario([scenario, libraries[13000], tmp_path, seed], ["-m", "tests.engine.cuda_leftovers"])
 
 
 def test_registrations_end_where_slots_do(
