@@ -1,14 +1,20 @@
-"""What an engine must leave behind because the CUDA device may still use it. Run as cuda_scenarios.py is."""
+"""What a CUDA device may still use when an operation or the engine has ended. Run as cuda_scenarios.py is."""
 
 import errno
 import fcntl
+import random
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
+from kvoffload.types import OP_DTYPE, OpKind
 from tests.engine.cuda_scenarios import World, main, wait_until
-from tests.engine.world import copy_in, copy_out, run_one, write
+from tests.engine.planner import Planner
+from tests.engine.world import TIMEDOUT, KVCache, copy_in, copy_out, run, run_one, write
+
+SHORT_US = 5000
 
 
 def arenas_kib() -> int:
@@ -56,9 +62,60 @@ def files_are_not_kept_for_a_device_that_hangs(world: World) -> None:
     assert world.device.fake_violations == 0, "what the device still used is still there"
 
 
+def bytes_of(kv: KVCache, block: int) -> list[bytes]:
+    return [array[block].tobytes() for group in kv.arrays for array in group]
+
+
+def what_timed_out_on_a_device_that_stops_and_goes_writes_nowhere(world: World) -> None:
+    """Loads that are good are right, and a KV block is as it was before the load that failed, however late the device is."""
+    chance, planner, kv, over = random.Random(world.seed), Planner(world.seed), world.kv, threading.Event()
+    world.device.fake_delay_us = 300
+
+    def stop_and_go() -> None:
+        while not over.is_set():
+            for hold, longest_s in ((1, 0.03), (0, 0.02)):
+                world.device.fake_hold = hold
+                time.sleep(chance.uniform(0, longest_s))
+
+    stored: dict[int, bytes] = {}
+    untouched: dict[int, list[bytes]] = {}
+    seen: list[int] = []
+    thread = threading.Thread(target=stop_and_go, daemon=True)  # a failure ends the process
+    thread.start()
+    with world.open(spare_slots=3) as engine:
+        for _ in range(80):
+            batch = np.concatenate([np.zeros(0, OP_DTYPE), *planner.batch()])
+            batch["timeout_us"] = SHORT_US
+            batch["timeout_us"][::3] = 3 * SHORT_US
+            for op in batch[batch["kind"] == OpKind.COPY_OUT]:
+                stored[int(op["generation"])] = kv.block(int(op["kv_block"]), int(op["group"]))
+            loads = batch[batch["kind"] == OpKind.COPY_IN]
+            before = {int(op["kv_block"]): bytes_of(kv, int(op["kv_block"])) for op in loads}
+            statuses = run(engine, batch)
+            planner.note(statuses)
+            seen += statuses.values()
+            for op in loads:
+                block = int(op["kv_block"])
+                if statuses[int(op["id"])] == 0:
+                    assert kv.block(block, int(op["group"])) == stored[int(op["generation"])]
+                    untouched.pop(block, None)
+                else:
+                    untouched[block] = before[block]
+            assert all(bytes_of(kv, block) == content for block, content in untouched.items())
+        over.set()
+        thread.join()
+    assert seen.count(0) > 50
+    assert seen.count(TIMEDOUT) > 5
+    assert world.is_clean()
+
+
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (memory_that_cannot_be_unpinned_stays_mapped, files_are_not_kept_for_a_device_that_hangs)
+    for scenario in (
+        memory_that_cannot_be_unpinned_stays_mapped,
+        files_are_not_kept_for_a_device_that_hangs,
+        what_timed_out_on_a_device_that_stops_and_goes_writes_nowhere,
+    )
 }
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_on_a_device(scenario: str, libraries: dict[int, Path], tmp_path: Path, 
 
 
 @pytest.mark.parametrize("scenario", cuda_leftovers.SCENARIOS)
-def test_left_to_a_device(scenario: str, libraries: dict[int, Path], tmp_path: Path, seed: int) -> None:
+def test_when_it_has_ended(scenario: str, libraries: dict[int, Path], tmp_path: Path, seed: int) -> None:
     run_scenario([scenario, libraries[13000], tmp_path, seed], ["-m", "tests.engine.cuda_leftovers"])
 
 
