@@ -7,6 +7,17 @@ import numpy as np
 from kvoffload.types import NO_SLOT
 from tests.engine.world import DRAM_SLOTS, KV_BLOCKS, SSD_SLOTS, copy_in, copy_out, load, read, write
 
+COUNTS = {"kv": KV_BLOCKS, "dram": DRAM_SLOTS, "ssd": SSD_SLOTS}
+# What an operation uses, and whether that is a target.
+USES = {
+    "copy out": {"kv": False, "dram": True},
+    "copy in": {"kv": True, "dram": False},
+    "write": {"dram": False, "ssd": True},
+    "read": {"dram": True, "ssd": False},
+    "load": {"kv": True, "dram": True, "ssd": False},
+    "load staged": {"kv": True, "ssd": False},
+}
+
 
 class Planner:
     """Makes batches that keep the caller's side of the contract: nothing is the target of an operation and used by
@@ -17,12 +28,13 @@ class Planner:
         self.generation = 0
         self.dram: dict[int, dict[str, int]] = {}  # slot -> fields of the operation that filled it
         self.ssd: dict[int, dict[str, int]] = {}
-        self.used: set[tuple[str, int]] = set()
 
-    def claim(self, kind: str, count: int) -> int:
-        free = [number for number in range(count) if (kind, number) not in self.used]
+    def claim(self, what: str, is_target: bool) -> int:
+        """A slot or KV block for an operation, or NO_SLOT. A target is its own, others may be shared."""
+        taken = self.targets | self.sources if is_target else self.targets
+        free = [number for number in range(COUNTS[what]) if (what, number) not in taken]
         number = self.random.choice(free) if free else NO_SLOT
-        self.used.add((kind, number))
+        (self.targets if is_target else self.sources).add((what, number))
         return number
 
     def block_in(self, slots: dict[int, dict[str, int]], slot: int) -> dict[str, int]:
@@ -34,24 +46,23 @@ class Planner:
             fields["block"] += 1
         return fields
 
-    def batch(self) -> list[np.ndarray]:
-        self.used = set()
+    def batch(self, most: int = 12) -> list[np.ndarray]:
+        self.targets: set[tuple[str, int]] = set()
+        self.sources: set[tuple[str, int]] = set()
         self.filled: dict[int, tuple[str, int, dict[str, int]]] = {}
         ops: list[np.ndarray] = []
-        for number in range(self.random.randint(1, 12)):
+        for number in range(self.random.randint(1, most)):
             made = self.operation(number * 10)
             if made is not None:
                 ops.append(made)
         return ops
 
     def operation(self, number: int) -> np.ndarray | None:
-        kind = self.random.choice(["copy out", "copy in", "write", "read", "load", "load staged"])
-        needs_kv, needs_ssd = kind in ("copy out", "copy in", "load", "load staged"), kind[0] in "wrl"
-        kv = self.claim("kv", KV_BLOCKS) if needs_kv else 0
-        dram = self.claim("dram", DRAM_SLOTS) if kind != "load staged" else 0
-        ssd = self.claim("ssd", SSD_SLOTS) if needs_ssd else 0
-        if NO_SLOT in (kv, dram, ssd):
+        kind = self.random.choice(list(USES))
+        claimed = {what: self.claim(what, is_target) for what, is_target in USES[kind].items()}
+        if NO_SLOT in claimed.values():
             return None
+        kv, dram, ssd = (claimed.get(what, NO_SLOT) for what in COUNTS)
         if kind == "copy out":
             self.generation += 1
             fields = {"block": kv, "generation": self.generation, "group": self.random.randrange(2)}
