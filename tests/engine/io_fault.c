@@ -203,17 +203,26 @@ static int32_t faulty_work(void *owner) {
     return 0;
 }
 
+/* How far the next transfer goes: AGAIN moves nothing, SHORT leaves something out. */
+static void limit(faulty_io *it) {
+    uint64_t done = it->inner.done, pages = (it->outer->bytes - done - 1) / KVO_ALIGNMENT;
+    it->inner.bytes = it->outer->bytes;
+    if (it->request.fault == FAULT_AGAIN && it->again < 3) it->inner.bytes = done;
+    if (it->request.fault == FAULT_SHORT && pages > 0)
+        it->inner.bytes = done + KVO_ALIGNMENT * (1 + draw(&it->request, pages));
+}
+
 bool __wrap_kvo_io_advance(kvo_io *io, int64_t outcome) {
-    if (io->work == faulty_work && outcome > 0) {
-        faulty_io *it = io->owner;
-        if (it->request.fault == FAULT_AGAIN && it->again < 3) {
-            it->again++;
-            outcome = -EAGAIN;
-        } else if (it->request.fault == FAULT_SHORT && outcome > KVO_ALIGNMENT) {
-            outcome = KVO_ALIGNMENT * (1 + (int64_t)draw(&it->request, (uint64_t)(outcome - 1) / KVO_ALIGNMENT));
-        }
+    if (io->work != faulty_work) return __real_kvo_io_advance(io, outcome);
+    faulty_io *it = io->owner;
+    if (io->bytes == io->done && outcome == 0) {
+        it->again++;
+        outcome = -EAGAIN;
     }
-    return __real_kvo_io_advance(io, outcome);
+    io->bytes = it->outer->bytes;
+    bool finished = __real_kvo_io_advance(io, outcome);
+    if (!finished) limit(it);
+    return finished;
 }
 
 static void misdirect(faulty_io *it) {
@@ -247,6 +256,7 @@ static void drives_start(kvo_drives *face, kvo_io *io) {
     it->inner.owner = it;
     it->inner.work = faulty_work;
     if (it->request.fault == FAULT_MISDIRECT) misdirect(it);
+    if (io->kind != KVO_IO_CALL) limit(it);
     if (it->request.waits) put(&self->waiting, &it->request);
     else begin_io(self, it);
 }
@@ -261,7 +271,6 @@ static kvo_io *drives_reap(kvo_drives *face) {
         it = inner->owner;
     }
     kvo_io *io = it->outer;
-    io->done = it->inner.done;
     io->result = it->inner.result;
     if (it->request.fault == FAULT_TORN_ERROR && io->result == 0) io->result = -(int32_t)it->request.kind->error;
     free(it->bent);
