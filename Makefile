@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast e2e soak bench bench-gpu lint clean
+.PHONY: help setup demo test fast e2e torture soak bench bench-gpu lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -29,6 +29,9 @@ e2e: setup ## the tests on a real vLLM only
 
 soak: setup ## ten minutes of real vLLMs on one path: caps kept, nothing grows, answers stay the same
 	@$(BIN)/python -m tests.torture.soak $(ARGS)
+
+torture: setup ## the engine against 100,000 random plans with faults of drives and copies (a quarter of an hour)
+	@$(BIN)/python -m tests.torture.random_plans $(ARGS)
 
 bench: setup ## the benchmarks (15 minutes; the drive's needs fio)
 	@for benchmark in drive loads_first small_costs; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done

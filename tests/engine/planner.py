@@ -7,7 +7,6 @@ import numpy as np
 from kvoffload.types import NO_SLOT
 from tests.engine.world import DRAM_SLOTS, KV_BLOCKS, SSD_SLOTS, copy_in, copy_out, load, read, write
 
-COUNTS = {"kv": KV_BLOCKS, "dram": DRAM_SLOTS, "ssd": SSD_SLOTS}
 # What an operation uses, and whether that is a target.
 USES = {
     "copy out": {"kv": False, "dram": True},
@@ -23,6 +22,9 @@ class Planner:
     """Makes batches that keep the caller's side of the contract: nothing is the target of an operation and used by
     another one of the same batch."""
 
+    kinds = tuple(USES)
+    counts = {"kv": KV_BLOCKS, "dram": DRAM_SLOTS, "ssd": SSD_SLOTS}
+
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.generation = 0
@@ -32,7 +34,7 @@ class Planner:
     def claim(self, what: str, is_target: bool) -> int:
         """A slot or KV block for an operation, or NO_SLOT. A target is its own, others may be shared."""
         taken = self.targets | self.sources if is_target else self.targets
-        free = [number for number in range(COUNTS[what]) if (what, number) not in taken]
+        free = [number for number in range(self.counts[what]) if (what, number) not in taken]
         number = self.random.choice(free) if free else NO_SLOT
         (self.targets if is_target else self.sources).add((what, number))
         return number
@@ -58,11 +60,11 @@ class Planner:
         return ops
 
     def operation(self, number: int) -> np.ndarray | None:
-        kind = self.random.choice(list(USES))
+        kind = self.random.choice(self.kinds)
         claimed = {what: self.claim(what, is_target) for what, is_target in USES[kind].items()}
         if NO_SLOT in claimed.values():
             return None
-        kv, dram, ssd = (claimed.get(what, NO_SLOT) for what in COUNTS)
+        kv, dram, ssd = (claimed.get(what, NO_SLOT) for what in self.counts)
         if kind == "copy out":
             self.generation += 1
             fields = {"block": kv, "generation": self.generation, "group": self.random.randrange(2)}
