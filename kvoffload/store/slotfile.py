@@ -109,7 +109,7 @@ def shorten(directory: Directory, superblock: Superblock, slot_count: int) -> No
 
 
 class Growth:
-    """Makes the slot files' lengths durable, so that a journal that is durable never knows more blocks than they hold.
+    """Makes the slot files' lengths durable, so that what of the journal is on disk never knows more blocks than they hold.
 
     The engine writes slots and never syncs. After a power loss a slot's content may be gone, which its header tells;
     a file that lost its end would look truncated by somebody's hand.

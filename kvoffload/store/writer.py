@@ -38,19 +38,19 @@ class JournalWriter:
         slot_count: int,
         epoch: int,
         fingerprint: bytes,
-        before_sync: Callable[[], None] = lambda: None,
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes the compacted journal at once (OSError or StoreError if that fails), then starts the thread.
 
-        `before_sync` runs before the journal is synced, as a whole or at its end; what it raises of these two counts as
-        the disk's failure.
+        `before_write` runs before anything is written to the journal, for the kernel may bring that to the disk before it
+        is asked to; what it raises of these two counts as the disk's failure.
         """
         self._directory = directory
         self._index = index
         self._slot_count = slot_count
         self._limit = journal.size_limit(slot_count)
         self._header = journal.encode_header(epoch, fingerprint)
-        self._before_sync = before_sync
+        self._before_write = before_write
 
         self._queue: deque[Record] = deque()
         self._pushed = 0  # written by the pushing thread only, so that neither counter needs a lock
@@ -176,6 +176,7 @@ class JournalWriter:
         if is_cleared or self._size + len(batch) * journal.RECORD_BYTES > self._limit:
             self._compact()
             return
+        self._before_write()
         for chunk in journal.encode_records(batch, self._sequence):
             write_all(self._fd, chunk)
             self._size += len(chunk)
@@ -183,7 +184,7 @@ class JournalWriter:
 
     def _compact(self) -> None:
         """Put a journal in place that says what the index says; the old one stays whole until then."""
-        self._before_sync()  # it becomes durable at once, and must not know more blocks than the slot files hold
+        self._before_write()
         records = journal.encode_records(self._index.puts(), 1)
         fd = self._directory.replace(journal.NAME, (chunk for part in ([self._header], records) for chunk in part))
         if self._fd >= 0:
@@ -196,7 +197,6 @@ class JournalWriter:
     def _sync(self) -> None:
         if self._failed_at is None:
             try:
-                self._before_sync()
                 os.fdatasync(self._fd)
             except _FAILURES as error:
                 self._fail(error)

@@ -58,6 +58,19 @@ def test_slot_files_are_synced_before_a_compacted_journal_replaces_the_old(tmp_p
             assert {"sync rank0of2.slots", "sync rank1of2.slots"} <= set(before)
 
 
+def test_slot_files_are_synced_before_a_record_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal whose pages the kernel wrote back early, before a power loss, knew blocks beyond the end of the slot files,
+    and the store was refused as truncated."""
+    with open_store(tmp_path) as store:
+        events: list[str] = []
+        real = writer.write_all
+        monkeypatch.setattr(writer, "write_all", lambda fd, data: (events.append("append"), real(fd, data)))
+        monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+        write_blocks(store, range(3))
+    before = events[: events.index("append")]
+    assert {"sync rank0of2.slots", "sync rank1of2.slots"} <= set(before)
+
+
 def test_clear_rewrites_the_journal_so_that_no_damage_can_hide_it(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         write_blocks(store, range(5))
@@ -70,7 +83,7 @@ def test_clear_rewrites_the_journal_so_that_no_damage_can_hide_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), StoreError("x is not a regular file"), MemoryError()])
-@pytest.mark.parametrize("where", ["sync", "append", "compact"])
+@pytest.mark.parametrize("where", ["slot files", "sync", "append", "compact"])
 def test_the_thread_survives_every_failure_and_catches_up(
     directory: Directory, monkeypatch: pytest.MonkeyPatch, failure: Exception, where: str
 ) -> None:
@@ -85,12 +98,14 @@ def test_the_thread_survives_every_failure_and_catches_up(
         return call
 
     monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.0)
-    before_sync = failing(lambda: None) if where == "sync" else lambda: None
+    before_write = failing(lambda: None) if where == "slot files" else lambda: None
+    if where == "sync":
+        monkeypatch.setattr(os, "fdatasync", failing(os.fdatasync))
     if where == "append":
         monkeypatch.setattr(writer, "write_all", failing(writer.write_all))
     if where == "compact":
         monkeypatch.setattr(directory, "replace", failing(directory.replace))
-    under_test = JournalWriter(directory, Index(), 8, 1, FINGERPRINT, before_sync)
+    under_test = JournalWriter(directory, Index(), 8, 1, FINGERPRINT, before_write)
     broken.set()
     for record in (Record(Kind.CLEAR), PUT, Record(Kind.TOUCH, b"k")):
         under_test.push([record])
