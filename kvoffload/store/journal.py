@@ -171,6 +171,8 @@ def decode_header(data: bytes, fingerprint: bytes, path: str) -> int:
     checksum = _CHECKSUM.unpack_from(data, _HEADER_FIELDS.size)[0]
     if checksum != xxhash.xxh3_64_intdigest(data[: _HEADER_FIELDS.size]) or record_bytes != RECORD_BYTES:
         raise StoreError(f"journal {path} is damaged (its header fails its checksum): {REMEDY}")
+    if version != FORMAT_VERSION:
+        raise StoreError(f"journal {path} has format {version}, which this kvoffload does not know: {REMEDY}")
     if found != fingerprint:
         raise StoreError(f"journal {path} belongs to another namespace: {REMEDY}")
     return int(epoch)

@@ -26,6 +26,7 @@ ROOT_LOCK = ".lock"
 LOCK = "lock"
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES_MAX = 1 << 20
+_REASON_MAX = 120
 _NAMESPACE_PATTERN = re.compile(r"[0-9a-f]{32}")
 ROOT_LOCK_SECONDS = 60.0
 NAMESPACE_LOCK_SECONDS = 5.0
@@ -288,6 +289,8 @@ class Manifest:
                     f"{path} has format {version}, newer than {FORMAT_VERSION}, the newest this kvoffload reads: "
                     f"use the newer kvoffload, or {REMEDY}"
                 )
+            if found["format"] != "kvoffload" or version != FORMAT_VERSION:
+                raise ValueError("format")
             if not 0 <= int(found["slot_count"]) < NO_SLOT:
                 raise ValueError("slot_count")
             return cls(
@@ -301,7 +304,9 @@ class Manifest:
             raise
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             # The last two: a number of Infinity, and brackets nested by the thousand.
-            raise StoreError(f"{path} is damaged ({error!r}): {REMEDY}") from None
+            # What is found there may be long, and some errors repeat it.
+            reason = f"{type(error).__name__}: {error}"[:_REASON_MAX]
+            raise StoreError(f"{path} is damaged ({reason}): {REMEDY}") from None
 
     def write(self, directory: Directory, identity: Identity) -> None:
         text = json.dumps(

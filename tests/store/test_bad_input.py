@@ -242,6 +242,11 @@ def test_a_journal_of_a_newer_format(filled: Path) -> None:
     assert_refused_and_curable(filled, r"journal .*index.journal has format 2, newer than 1")
 
 
+def test_a_journal_of_a_format_that_never_was(filled: Path) -> None:
+    rewrite(namespace_of(filled) / "index.journal", 8, struct.pack("<I", 0), 56)
+    assert_refused_and_curable(filled, r"journal .*index.journal has format 0, which this kvoffload does not know")
+
+
 @pytest.mark.parametrize("length", [0, 1, 63])
 def test_a_journal_shorter_than_its_header(filled: Path, length: int) -> None:
     os.truncate(namespace_of(filled) / "index.journal", length)
@@ -258,6 +263,15 @@ def test_a_journal_of_another_namespace(filled: Path) -> None:
     assert_refused_and_curable(filled, r"journal .*index.journal belongs to another namespace")
 
 
+MANIFEST = {
+    "format": "kvoffload",
+    "format_version": 1,
+    "path_index": 0,
+    "paths": ["/a"],
+    "slot_count": 9,
+    "reserved_bytes": 0,
+    "created": "",
+}
 UNREADABLE = [
     "",
     "{",
@@ -268,14 +282,24 @@ UNREADABLE = [
     "\0\xff",
     "[" * 100_000,
     '{"format_version": Infinity}',
-    '{"format_version": 1, "path_index": 0, "paths": ["/a"], "slot_count": 4294967295, "reserved_bytes": 0, "created": ""}',
+    MANIFEST | {"slot_count": 4294967295},
+    MANIFEST | {"format_version": 0},
+    MANIFEST | {"format": "other"},
 ]
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
-def test_an_unreadable_manifest(filled: Path, text: str) -> None:
-    (namespace_of(filled) / "manifest.json").write_text(text, encoding="latin-1")
+def test_an_unreadable_manifest(filled: Path, text: str | dict[str, object]) -> None:
+    written = text if isinstance(text, str) else json.dumps(text)
+    (namespace_of(filled) / "manifest.json").write_text(written, encoding="latin-1")
     assert_refused_and_curable(filled, r"manifest.json is damaged")
+
+
+@pytest.mark.parametrize("data", [b'{"format": "' + b"x" * 10_000 + b'\xa0"}', b'{"format_version": "' + b"x" * 10_000 + b'"}'])
+def test_a_refusal_does_not_repeat_a_whole_manifest(filled: Path, data: bytes) -> None:
+    manifest = namespace_of(filled) / "manifest.json"
+    manifest.write_bytes(data)
+    assert len(refusal(filled)) < len(str(manifest)) + 250
 
 
 def test_a_manifest_of_paths_that_cannot_be_encoded_is_no_matter(filled: Path) -> None:
