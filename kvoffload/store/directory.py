@@ -141,6 +141,11 @@ class Directory:
         with contextlib.suppress(FileNotFoundError), self.located(name):
             os.unlink(name, dir_fd=self.fd)
 
+    def sync(self) -> None:
+        """Make durable which names there are."""
+        with self.located("."):
+            os.fsync(self.fd)
+
     def names(self) -> list[str]:
         return sorted(os.listdir(self.fd))
 

@@ -257,10 +257,15 @@ def clean(root: Directory, names: Iterable[str]) -> bool:
 
 def remove(root: Directory, directory: Directory) -> None:
     """Remove a namespace's files and its directory; OSError, with the directory left, if it holds anything else."""
-    # The journal comes first: a namespace without one is empty, whatever else is left of it.
-    for file in sorted(directory.names(), key=lambda file: not file.startswith("index.journal")):
-        if _OWN_FILES.fullmatch(file):
-            directory.remove(file)
+    # The journal comes first, for good: a namespace without one is empty, whatever else is left of it.
+    files = [file for file in directory.names() if _OWN_FILES.fullmatch(file)]
+    journals = [file for file in files if file.startswith("index.journal")]
+    for file in journals:
+        directory.remove(file)
+    if journals:
+        directory.sync()
+    for file in files:
+        directory.remove(file)
     os.rmdir(os.path.basename(directory.path), dir_fd=root.fd)
 
 
