@@ -30,8 +30,11 @@ e2e: setup ## the tests on a real vLLM only
 soak: setup ## ten minutes of real vLLMs on one path: caps kept, nothing grows, answers stay the same
 	@$(BIN)/python -m tests.torture.soak $(ARGS)
 
-torture: setup ## the engine against 100,000 random plans with faults of drives and copies (a quarter of an hour)
+torture: setup ## random plans under faults, kills, power losses and damaged bytes, in full (an hour)
 	@$(BIN)/python -m tests.torture.random_plans $(ARGS)
+	@$(BIN)/python -m tests.torture.crash_points --kills 1000
+	@$(BIN)/python -m tests.torture.power_loss --images 1000
+	@$(BIN)/python -m tests.torture.byte_flips
 
 bench: setup ## the benchmarks (15 minutes; the drive's needs fio)
 	@for benchmark in drive loads_first small_costs; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done
