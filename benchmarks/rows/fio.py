@@ -74,33 +74,37 @@ class FioRow:
 
     def _run(self, direction: str, depth: int, nbytes: int = 0) -> tuple[Sample, float]:
         """The sample by fio's own account, and the CPU time of the whole process."""
-        place = self.place
-        needed = -(-depth * place.slot_bytes // HUGE_PAGE) + 2  # fio aligns its buffers twice
+        needed = -(-depth * self.place.slot_bytes // HUGE_PAGE) + 2  # fio aligns its buffers twice
         with reserved_huge_pages(needed) as is_reserved:
-            self.pages.add("reserved huge pages (mmaphuge)" if is_reserved else "transparent huge pages (malloc, advised)")
-            environment = dict(os.environ) | ({} if is_reserved else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
-            memory = ["--iomem=mmaphuge"] if is_reserved else ["--iomem=malloc", "--iomem_align=2m"]
-            command = [
-                *("fio", "--name=ceiling", f"--filename={place.file}", f"--offset={PAGE}", "--ioengine=io_uring", *memory),
-                *(f"--direct={int(place.medium == 'drive')}", f"--iodepth={depth}", f"--bs={place.slot_bytes}"),
-                *(f"--size={place.slots * place.slot_bytes}", f"--io_size={nbytes or place.slots * place.slot_bytes}"),
-                *("--rw=randrw", f"--rwmixread={READ_PERCENT[direction]}", "--randrepeat=0", "--scramble_buffers=0"),
-                *("--allow_file_create=0", "--fallocate=none", "--invalidate=0"),
-                *("--lat_percentiles=1", "--clat_percentiles=0", "--output-format=json"),
-            ]
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=place.folder
-            )
-            output = process.stdout.read()
-            complaint = process.stderr.read()
-            process.stdout.close()
-            process.stderr.close()
+            job, complaint, cpu_seconds = self._start(direction, depth, nbytes, is_reserved)
+        if job is None and is_reserved and "Bad address" in complaint:  # somebody else took the pages, or gave ours back
+            is_reserved = False
+            job, complaint, cpu_seconds = self._start(direction, depth, nbytes, is_reserved)
+        if job is None:
+            raise RowError(f"{self.name}: fio failed: {complaint.strip()[:300]}")
+        self.pages.add("reserved huge pages (mmaphuge)" if is_reserved else "transparent huge pages (malloc, advised)")
+        return self._sample(job, direction), cpu_seconds
+
+    def _start(self, direction: str, depth: int, nbytes: int, is_reserved: bool) -> tuple[dict | None, str, float]:
+        """What fio says of its job, or None if it failed; its complaint; the CPU time of its process."""
+        place = self.place
+        environment = dict(os.environ) | ({} if is_reserved else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+        memory = ["--iomem=mmaphuge"] if is_reserved else ["--iomem=malloc", "--iomem_align=2m"]
+        command = [
+            *("fio", "--name=ceiling", f"--filename={place.file}", f"--offset={PAGE}", "--ioengine=io_uring", *memory),
+            *(f"--direct={int(place.medium == 'drive')}", f"--iodepth={depth}", f"--bs={place.slot_bytes}"),
+            *(f"--size={place.slots * place.slot_bytes}", f"--io_size={nbytes or place.slots * place.slot_bytes}"),
+            *("--rw=randrw", f"--rwmixread={READ_PERCENT[direction]}", "--randrepeat=0", "--scramble_buffers=0"),
+            *("--allow_file_create=0", "--fallocate=none", "--invalidate=0"),
+            *("--lat_percentiles=1", "--clat_percentiles=0", "--output-format=json"),
+        ]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=place.folder) as process:
+            output, complaint = process.stdout.read(), process.stderr.read()
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            raise RowError(f"{self.name}: fio ended with status {process.returncode}: {complaint.strip()[:300]}")
-        cpu_seconds = usage.ru_utime + usage.ru_stime
-        return self._sample(json.loads(output)["jobs"][0], direction), cpu_seconds
+        job = json.loads(output)["jobs"][0] if process.returncode == 0 else None
+        return job, complaint, usage.ru_utime + usage.ru_stime
 
     @staticmethod
     def _sample(job: dict, direction: str) -> Sample:
