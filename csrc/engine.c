@@ -229,7 +229,7 @@ static bool open_drives(kvo_engine *e, uint32_t count) {
     return true;
 }
 
-int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t slot_count,
+int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t own_directories, uint32_t slot_count,
                const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]) {
     if (e->file_count != 0) return fail(err, EINVAL, "slot files are attached already");
     if (count == 0 || count > KVO_FILES_MAX)
@@ -238,7 +238,7 @@ int kvo_attach(kvo_engine *e, const char *const *paths, uint32_t count, uint32_t
         return fail(err, EINVAL, "%u slots on %u files, expected at least one a file", slot_count, count);
     memcpy(e->fingerprint, fingerprint, KVO_FINGERPRINT_BYTES);
     for (uint32_t i = 0; i < count; i++) {
-        kvo_expected expected = {e->options.payload_bytes, i, count, e->fingerprint};
+        kvo_expected expected = {e->options.payload_bytes, i, count, e->fingerprint, own_directories};
         uint32_t slots = slot_count / count + (i < slot_count % count);
         int status = kvo_file_open(&e->files[i].file, paths[i], &expected, slots, err);
         if (status != 0) {

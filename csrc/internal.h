@@ -67,11 +67,12 @@ static inline uint64_t kvo_file_offset(const kvo_file *file, uint32_t index) {
     return KVO_SUPERBLOCK_BYTES + index * file->slot_bytes;
 }
 
-/* What a superblock must say for a file to be opened. */
+/* What a superblock must say for a file to be opened, and how many directories before its name are our own. */
 typedef struct {
     uint64_t payload_bytes;
     uint32_t path_index, path_count;
     const uint8_t *fingerprint;
+    uint32_t own_directories;
 } kvo_expected;
 
 /* Opens and checks a slot file; `slots` is how many it may hold. 0 or -errno with a sentence in err. */

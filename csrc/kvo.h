@@ -121,12 +121,14 @@ int kvo_bind(kvo_engine *engine, const kvo_region *regions, const uint32_t *firs
              char err[KVO_ERR_BYTES]);
 
 /* Opens this rank's slot files (made by the store, superblock in place); slot s is slot s / count of file s % count.
+ * The file and the last own_directories of its path must be no symlinks and this process's user's, and the file must have no
+ * second name; the directory before these may be root's instead.
  * Probes O_DIRECT on each by doing. Files grow by fallocate as slots are first written, by whole slots, never beyond
  * slot_count slots, and on the medium never beyond their bytes and 0.5 %. Each file is locked (flock, shared) until
  * close, or until the kernel is done with it: who resizes it locks it exclusively first. Once. 0 or -errno with a
  * sentence in err; the engine then still serves DRAM. */
-int kvo_attach(kvo_engine *engine, const char *const *paths, uint32_t count, uint32_t slot_count,
-               const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]);
+int kvo_attach(kvo_engine *engine, const char *const *paths, uint32_t count, uint32_t own_directories,
+               uint32_t slot_count, const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]);
 
 /* Takes operations from the front of ops, as many whole chains as there is room for, and returns how many operations
  * that is. With a device, COPY_OUT and COPY_IN start after the work now in `stream`, a CUDA stream of the device's primary

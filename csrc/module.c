@@ -122,10 +122,11 @@ static PyObject *core_bind(CoreEngine *self, PyObject *arguments) {
 
 static PyObject *core_attach(CoreEngine *self, PyObject *arguments) {
     PyObject *paths;
-    unsigned slot_count;
+    unsigned own_directories, slot_count;
     const char *fingerprint;
     Py_ssize_t fingerprint_bytes;
-    if (!PyArg_ParseTuple(arguments, "O!Iy#", &PyTuple_Type, &paths, &slot_count, &fingerprint, &fingerprint_bytes))
+    if (!PyArg_ParseTuple(arguments, "O!IIy#", &PyTuple_Type, &paths, &own_directories, &slot_count, &fingerprint,
+                          &fingerprint_bytes))
         return NULL;
     if (fingerprint_bytes != KVO_FINGERPRINT_BYTES)
         return PyErr_Format(PyExc_ValueError, "a fingerprint of %zd bytes, expected %d", fingerprint_bytes,
@@ -145,7 +146,7 @@ static PyObject *core_attach(CoreEngine *self, PyObject *arguments) {
     char err[KVO_ERR_BYTES] = "";
     if (engine != NULL) {
         Py_BEGIN_ALLOW_THREADS
-        status = kvo_attach(engine, names, (uint32_t)count, slot_count, (const uint8_t *)fingerprint, err);
+        status = kvo_attach(engine, names, (uint32_t)count, own_directories, slot_count, (const uint8_t *)fingerprint, err);
         Py_END_ALLOW_THREADS
         leave(self);
     }

@@ -113,9 +113,9 @@ static int check_superblock(const superblock *found, const char *path, const kvo
     return 0;
 }
 
-static int open_flags(int fd, int extra) {
+static int change_flags(int fd, int add, int remove) {
     int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || fcntl(fd, F_SETFL, flags | extra) != 0) return errno;
+    if (flags < 0 || fcntl(fd, F_SETFL, (flags | add) & ~remove) != 0) return errno;
     return 0;
 }
 
@@ -125,22 +125,20 @@ static int open_flags(int fd, int extra) {
 static int probe_direct(int fd, void *page) {
     struct statfs system;
     if (fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return EOPNOTSUPP;
-    int error = open_flags(fd, O_DIRECT);
+    int error = change_flags(fd, O_DIRECT, 0);
     if (error != 0) return error;
     errno = 0; /* a short transfer sets none */
     if (pread(fd, page, KVO_SUPERBLOCK_BYTES, 0) == KVO_SUPERBLOCK_BYTES &&
         pwrite(fd, page, KVO_SUPERBLOCK_BYTES, 0) == KVO_SUPERBLOCK_BYTES)
         return 0;
     error = errno != 0 ? errno : EIO;
-    int flags = fcntl(fd, F_GETFL);
-    if (flags >= 0) fcntl(fd, F_SETFL, flags & ~O_DIRECT);
+    change_flags(fd, 0, O_DIRECT);
     return error;
 }
 
 static int check_and_probe(kvo_file *file, void *page, const kvo_expected *expected, char err[KVO_ERR_BYTES]) {
     struct stat found;
     if (fstat(file->fd, &found) != 0) return refuse(err, errno, file->path, strerror(errno));
-    if (!S_ISREG(found.st_mode)) return refuse(err, EINVAL, file->path, "found no regular file, expected a slot file");
     ssize_t got = pread(file->fd, page, KVO_SUPERBLOCK_BYTES, 0);
     if (got < 0) return refuse(err, errno, file->path, strerror(errno));
     if (got != KVO_SUPERBLOCK_BYTES)
@@ -166,6 +164,71 @@ static int lock_file(const kvo_file *file, char err[KVO_ERR_BYTES]) {
     return refuse(err, error, file->path, what);
 }
 
+/* Where the last `count` components of a path begin. */
+static char *last_components(char *path, uint32_t count) {
+    char *at = path + strlen(path);
+    while (at > path && (at[-1] != '/' || --count > 0)) at--;
+    return at;
+}
+
+/* Opens a directory on the way to a slot file and leaves the one before. The first is the user's nvme path, which may be
+ * root's, as mount points are; the others are ours. -1 with errno; EPERM: it is another user's. */
+static int enter(int before, const char *name, bool is_first, int flags) {
+    int fd = openat(before, name, O_PATH | O_DIRECTORY | O_CLOEXEC | flags), error = errno;
+    if (before >= 0) close(before);
+    struct stat found;
+    if (fd >= 0 && flags != 0 && fstat(fd, &found) == 0 && found.st_uid != geteuid() && !(is_first && found.st_uid == 0)) {
+        close(fd);
+        fd = -1;
+        error = EPERM;
+    }
+    errno = error;
+    return fd;
+}
+
+/* Opens what a path names. The directory before the last own_directories is the user's, and how the path leads there is the
+ * user's affair; from there on it goes component by component and follows no symlink, so that nobody who may write in one of
+ * them can lead us elsewhere. */
+static int open_by_components(const char *path, uint32_t own_directories, char err[KVO_ERR_BYTES]) {
+    char *copy = strdup(path), *rest = NULL;
+    if (copy == NULL) return refuse(err, ENOMEM, path, strerror(ENOMEM));
+    char *names = last_components(copy, own_directories + 1);
+    const char *base = names == copy ? "." : names == copy + 1 ? "/" : copy;
+    if (names > copy + 1) names[-1] = '\0'; /* with a slash at its end a symlink would be followed */
+    int flags = own_directories > 0 ? O_NOFOLLOW : 0;
+    int directory = enter(AT_FDCWD, base, true, flags);
+    char *name = strtok_r(names, "/", &rest);
+    for (uint32_t i = 0; directory >= 0 && i < own_directories && name != NULL; i++, name = strtok_r(NULL, "/", &rest))
+        directory = enter(directory, name, false, flags);
+    int status;
+    if (directory < 0) {
+        status = refuse(err, errno, path,
+                        errno == ENOTDIR || errno == ELOOP ? "found a symbolic link or a file for a directory of its path"
+                        : errno == EPERM                   ? "found a directory of its path to be another user's"
+                                                           : strerror(errno));
+    } else {
+        /* O_NONBLOCK: a fifo or a device must not stop us before we can see that it is one. */
+        status = openat(directory, name == NULL ? "" : name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+        if (status < 0)
+            status = refuse(err, errno, path, errno == ELOOP ? "found a symbolic link, expected a slot file" : strerror(errno));
+        close(directory);
+    }
+    free(copy);
+    return status;
+}
+
+/* What has the name must be a file that nobody else has a hand in: by a second name another user could read and change it,
+ * and what we write could land in a file that is none of ours. */
+static int check_file(const kvo_file *file, char err[KVO_ERR_BYTES]) {
+    struct stat found;
+    if (fstat(file->fd, &found) != 0) return refuse(err, errno, file->path, strerror(errno));
+    if (!S_ISREG(found.st_mode)) return refuse(err, EINVAL, file->path, "found no regular file, expected a slot file");
+    if (found.st_uid != geteuid()) return refuse(err, EPERM, file->path, "found a file of another user, expected our own");
+    if (found.st_nlink > 1) return refuse(err, EPERM, file->path, "found a file with a second name (a hard link): remove it");
+    int error = change_flags(file->fd, 0, O_NONBLOCK);
+    return error == 0 ? 0 : refuse(err, error, file->path, strerror(error));
+}
+
 int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected, uint32_t slots,
                   char err[KVO_ERR_BYTES]) {
     *file = (kvo_file){.fd = -1, .slots = slots};
@@ -174,11 +237,10 @@ int kvo_file_open(kvo_file *file, const char *path, const kvo_expected *expected
     void *page = aligned_alloc(KVO_ALIGNMENT, KVO_SUPERBLOCK_BYTES);
     int status = file->path == NULL || page == NULL ? refuse(err, ENOMEM, path, strerror(ENOMEM)) : 0;
     if (status == 0) {
-        file->fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
-        if (file->fd < 0)
-            status = refuse(err, errno, path,
-                            errno == ELOOP ? "found a symbolic link, expected a slot file" : strerror(errno));
+        file->fd = open_by_components(path, expected->own_directories, err);
+        if (file->fd < 0) status = file->fd;
     }
+    if (status == 0) status = check_file(file, err);
     if (status == 0) status = lock_file(file, err);
     if (status == 0) status = check_and_probe(file, page, expected, err);
     free(page);

@@ -69,6 +69,7 @@ class SlotFiles:
     paths: tuple[str, ...]
     slot_count: int  # over all files
     fingerprint: bytes  # 16 bytes; the namespace's digest, found in every superblock and slot header
+    own_directories: int = 0  # before each file's name: made by kvoffload, so neither symlinks nor another user's
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,3 +34,12 @@ def faults(tmp_path: Path) -> Iterator[FaultPlan]:
     """Engines opened in this process have the faults that this plan is told."""
     with FaultPlan(tmp_path / "faults") as plan, faulty_engines(plan):
         yield plan
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A directory that an unprivileged process can reach; pytest's own are root's alone."""
+    path = Path(tempfile.mkdtemp(prefix="kvoffload-test-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)

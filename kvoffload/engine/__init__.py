@@ -67,12 +67,12 @@ class Engine:
     def attach(self, files: SlotFiles) -> None:
         """Open this rank's slot files. Once; before it, operations on SSD slots complete with -ENXIO.
 
-        Raises StoreError with a sentence if a file is missing, damaged, of another kind or being resized; the engine then goes on
-        without SSD.
+        Raises StoreError with a sentence if a file is missing, damaged, of another kind, another user's or being resized, or
+        if a symlink leads to it; the engine then goes on without SSD.
         """
         paths = tuple(os.fsencode(path) for path in files.paths)
         try:
-            self._core.attach(paths, files.slot_count, files.fingerprint)
+            self._core.attach(paths, files.own_directories, files.slot_count, files.fingerprint)
         except OSError as error:
             raise StoreError(error.strerror) from error
 

@@ -5,6 +5,7 @@ pinning memory, so an operation that timed out can harm no one, and it makes no 
 """
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -67,6 +68,30 @@ def pack_slot(op: np.void, payload: bytes, fingerprint: bytes) -> bytes:
     )
     slot = seal(header).ljust(HEADER_BYTES, b"\0") + payload
     return slot.ljust(-(-len(slot) // ALIGNMENT) * ALIGNMENT, b"\0")
+
+
+def open_slot_file(path: str, own_directories: int) -> int:
+    """Its descriptor. No symlink is followed in the last `own_directories` and the user's directory before them."""
+    *directories, name = path.rsplit("/", own_directories + 1)
+    no_follow = os.O_NOFOLLOW if own_directories else 0
+    with contextlib.ExitStack() as opened:
+        at = None
+        for number, directory in enumerate(directories):
+            at = os.open(directory or "/", os.O_PATH | os.O_DIRECTORY | no_follow, dir_fd=at)
+            opened.callback(os.close, at)
+            if own_directories and os.fstat(at).st_uid not in (os.geteuid(), os.geteuid() if number else 0):
+                raise StoreError(f"slot file {path}: found a directory of its path to be another user's")
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+        found = os.fstat(fd)
+        for is_wrong, what in (
+            (not stat.S_ISREG(found.st_mode), "found no regular file, expected a slot file"),
+            (found.st_uid != os.geteuid(), "found a file of another user, expected our own"),
+            (found.st_nlink > 1, "found a file with a second name (a hard link): remove it"),
+        ):
+            if is_wrong:
+                os.close(fd)
+                raise StoreError(f"slot file {path}: {what}")
+        return fd
 
 
 def check_superblock(path: str, found: bytes, expected: bytes) -> None:
@@ -133,7 +158,7 @@ class ReferenceEngine:
         try:
             for index, path in enumerate(files.paths):
                 try:
-                    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    fd = open_slot_file(path, files.own_directories)
                 except OSError as error:
                     raise StoreError(f"slot file {path}: {error.strerror}") from error
                 opened.append(await aiofiles.open(fd, "r+b", buffering=0))
@@ -141,8 +166,6 @@ class ReferenceEngine:
                     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise StoreError(f"slot file {path}: the file is being resized by another engine") from error
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise StoreError(f"slot file {path}: found no regular file, expected a slot file")
                 payload_bytes = self.options.payload_bytes
                 expected = pack_superblock(payload_bytes, files.fingerprint, index, len(files.paths), 0, 0)
                 check_superblock(path, await opened[-1].read(SUPERBLOCK_BYTES), expected)

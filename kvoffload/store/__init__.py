@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 from ..config import Config
 from ..types import BlockKey, SlotFiles
 from .journal import Entry, Kind, Record
-from .namespace import Identity
+from .namespace import OWN_DIRECTORIES, Identity
 from .opening import CLOSE_SECONDS, Opened, open_namespace
 
 __all__ = ["Entry", "Identity", "Store", "StoreStats"]
@@ -80,6 +80,7 @@ class Store:
             ),
             slot_count=self.slot_count,
             fingerprint=superblocks[0].fingerprint,
+            own_directories=OWN_DIRECTORIES,
         )
 
     def entries(self) -> list[Entry]:

@@ -22,6 +22,7 @@ from .slotfile import REMEDY
 logger = logging.getLogger(__name__)
 
 ROOT = "kvoffload"  # the only name ever made directly below an nvme_path
+OWN_DIRECTORIES = 2  # between an nvme_path and a namespace's files: that one, and the namespace
 ROOT_LOCK = ".lock"
 LOCK = "lock"
 MANIFEST = "manifest.json"

@@ -1,16 +1,18 @@
 """What store tests share: a small store in a temporary directory, and an engine's footprint without an engine."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from kvoffload.config import Config
+from kvoffload.errors import StoreError
 from kvoffload.layout import slot_bytes, slot_offset
 from kvoffload.store import Store
 
 PAYLOAD = 64 * 1024
 MB = 10**6
+OTHER_UID = 12345
 
 
 def config(paths: Path | Iterable[Path], megabytes: float = 20, **settings: Any) -> Config:
@@ -53,3 +55,28 @@ def slot_file(path: Path, rank: int = 0, ranks: int = 2) -> Path:
 def namespace_of(path: Path) -> Path:
     (found,) = (each for each in (path / "kvoffload").iterdir() if each.is_dir())
     return found
+
+
+def as_other_user(action: Callable[[], object]) -> str:
+    """What StoreError `action` meets in a process without privileges."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(OTHER_UID)
+            os.setuid(OTHER_UID)
+        status = 1
+        try:
+            action()
+            status = 0
+        except StoreError as error:
+            os.write(write_end, str(error).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        text = pipe.read().decode()
+    assert os.waitpid(child, 0)[1] == 0
+    return text

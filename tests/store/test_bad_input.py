@@ -5,17 +5,13 @@ import os
 import re
 import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import xxhash
 
 from kvoffload.errors import StoreError
-from tests.store.helpers import namespace_of, open_store, slot_file, write_blocks
-
-OTHER_UID = 12345
+from tests.store.helpers import OTHER_UID, as_other_user, namespace_of, open_store, slot_file, write_blocks
 
 
 def refusal(paths: Path | list[Path], **settings: object) -> str:
@@ -97,36 +93,6 @@ def test_a_fifo_instead_of_a_file_does_not_hang(filled: Path) -> None:
     journal.unlink()
     os.mkfifo(journal)
     assert "is not a regular file" in refusal(filled)
-
-
-@pytest.fixture
-def public_path() -> Iterator[Path]:
-    """A directory that an unprivileged process can reach; pytest's own are root's alone."""
-    path = Path(tempfile.mkdtemp(prefix="kvoffload-test-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
-def as_other_user(action: Callable[[], object]) -> str:
-    """What StoreError `action` meets in a process without privileges."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(OTHER_UID)
-            os.setuid(OTHER_UID)
-        try:
-            action()
-        except StoreError as error:
-            os.write(write_end, str(error).encode())
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        text = pipe.read().decode()
-    os.waitpid(child, 0)
-    return text
 
 
 def test_a_path_that_is_not_writable(public_path: Path) -> None:
