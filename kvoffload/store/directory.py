@@ -1,10 +1,12 @@
 """Directories by descriptor: every access is relative to an open directory and follows no symlink.
 
-A file made by `replace` is whole or absent after a kill at any moment.
+What is opened belongs to this process's user alone: nobody else owns it, may read or write it, or has another name for
+it. A file made by `replace` is whole or absent after a kill at any moment.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -12,6 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import StoreError
+
+logger = logging.getLogger(__name__)
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
@@ -29,6 +33,26 @@ def explain(path: str, error: OSError) -> StoreError:
             f"{path} is not writable by uid {os.geteuid()} ({error.strerror}): change its permissions or name another nvme_path"
         )
     return StoreError(f"{path} cannot be used ({error.strerror}): check the drive or name another nvme_path")
+
+
+def _refuse_other_owner(path: str, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise StoreError(
+            f"{path} is owned by another user (uid {found.st_uid}, this process is uid {os.geteuid()}): "
+            "give it to this user or name another nvme_path"
+        )
+
+
+def _set_mode(path: str, fd: int, found: os.stat_result, mode: int) -> None:
+    """Gives it the mode, whatever the umask made of it, or somebody's chmod since. StoreError if others keep access."""
+    before = found.st_mode & 0o777
+    if before & 0o077 == 0 and before & mode == mode:
+        return
+    os.chmod(f"/proc/self/fd/{fd}", mode)  # fchmod refuses a descriptor opened by O_PATH
+    if os.fstat(fd).st_mode & 0o077:
+        raise StoreError(f"{path} is open to other users, for its file system keeps no modes: name another nvme_path")
+    if before & 0o077:
+        logger.warning("%s was open to other users (mode %o), who may have read it: it no longer is", path, before)
 
 
 class Directory:
@@ -77,21 +101,19 @@ class Directory:
                 os.fsync(self.fd)
         with self.located(name) as path:
             try:
-                child = Directory(path, os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd))
+                # O_PATH needs no permission, and a umask may have left the new directory without any.
+                place = os.open(name, _DIRECTORY_FLAGS | os.O_PATH, dir_fd=self.fd)
             except OSError as error:
                 if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                     raise
                 raise StoreError(f"{path} is not a directory of kvoffload: remove it or name another nvme_path") from None
-        found = os.fstat(child.fd)
-        if found.st_uid != os.geteuid():
-            child.close()
-            raise StoreError(
-                f"{path} is owned by another user (uid {found.st_uid}, this process is uid {os.geteuid()}): "
-                "give it to this user or name another nvme_path"
-            )
-        if stat.S_IMODE(found.st_mode) & 0o077:
-            os.fchmod(child.fd, DIRECTORY_MODE)
-        return child
+            try:
+                found = os.fstat(place)
+                _refuse_other_owner(path, found)
+                _set_mode(path, place, found, DIRECTORY_MODE)
+                return Directory(path, os.open(".", _DIRECTORY_FLAGS, dir_fd=place))
+            finally:
+                os.close(place)
 
     def open_file(self, name: str, flags: int = os.O_RDWR) -> int:
         """Open a regular file of ours; returns its descriptor. FileNotFoundError unless O_CREAT is in flags."""
@@ -103,11 +125,19 @@ class Directory:
                 if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                     raise
                 raise StoreError(f"{path} is not a regular file: remove it") from None
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            os.close(fd)
-            raise StoreError(f"{path} is not a regular file of uid {os.geteuid()}: remove it")
-        return fd
+            try:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode):
+                    raise StoreError(f"{path} is not a regular file: remove it")
+                _refuse_other_owner(path, found)
+                if found.st_nlink > 1:
+                    # What is written here would land in a file that may be none of ours.
+                    raise StoreError(f"{path} has a second name (a hard link), by which others may reach it: remove it")
+                _set_mode(path, fd, found, FILE_MODE)
+            except (OSError, StoreError):
+                os.close(fd)
+                raise
+            return fd
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The file's first `limit` bytes, or None if there is no such file."""

@@ -122,7 +122,7 @@ def test_a_kvoffload_directory_owned_by_another_user(filled: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_journal_owned_by_another_user(filled: Path) -> None:
     os.chown(namespace_of(filled) / "index.journal", OTHER_UID, OTHER_UID)
-    assert "index.journal is not a regular file of uid 0" in refusal(filled)
+    assert f"index.journal is owned by another user (uid {OTHER_UID}, this process is uid 0)" in refusal(filled)
 
 
 def test_a_mount_point_of_root_that_all_may_write_to_serves_every_user(public_path: Path) -> None:
