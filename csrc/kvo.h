@@ -124,9 +124,10 @@ int kvo_bind(kvo_engine *engine, const kvo_region *regions, const uint32_t *firs
  * The file and the last own_directories of its path must be no symlinks and this process's user's, and the file must have no
  * second name; the directory before these may be root's instead.
  * Probes O_DIRECT on each by doing. Files grow by fallocate as slots are first written, by whole slots, never beyond
- * slot_count slots, and on the medium never beyond their bytes and 0.5 %. Each file is locked (flock, shared) until
- * close, or until the kernel is done with it: who resizes it locks it exclusively first. Once. 0 or -errno with a
- * sentence in err; the engine then still serves DRAM. */
+ * slot_count slots, and on the medium never beyond their bytes and 0.5 %. A WRITE that needs growth completes with -ENOSPC
+ * where the file system would have less than 2 % of its size free, or less than 10 GiB where that is less. Each file is
+ * locked (flock, shared) until close, or until the kernel is done with it: who resizes it locks it exclusively first.
+ * Once. 0 or -errno with a sentence in err; the engine then still serves DRAM. */
 int kvo_attach(kvo_engine *engine, const char *const *paths, uint32_t count, uint32_t own_directories,
                uint32_t slot_count, const uint8_t fingerprint[KVO_FINGERPRINT_BYTES], char err[KVO_ERR_BYTES]);
 

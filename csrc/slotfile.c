@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -259,10 +260,23 @@ void kvo_file_close(kvo_file *file) {
 
 /* ---- growing ---- */
 
+#define FLOOR_SHARE 50u
+#define FLOOR_BYTES_MAX (10ull << 30)
+
 /* What the file system may charge to a file beyond its bytes: the blocks that list its extents. */
 static uint64_t space_at_most(const kvo_file *file) {
     uint64_t bytes = kvo_file_offset(file, file->slots), listing = bytes / 200;
     return bytes + (listing > KVO_ALIGNMENT ? listing : KVO_ALIGNMENT);
+}
+
+/* Whether the file system keeps free what others need when `bytes` more are taken: 0, ENOSPC, or why it does not tell. The
+ * cap says what may be ours, but others fill the drive meanwhile. Mirrored by layout.free_floor. */
+static int check_floor(const kvo_file *file, uint64_t bytes) {
+    struct statvfs system;
+    if (fstatvfs(file->fd, &system) != 0) return errno;
+    uint64_t floor = (uint64_t)system.f_blocks * system.f_frsize / FLOOR_SHARE;
+    if (floor > FLOOR_BYTES_MAX) floor = FLOOR_BYTES_MAX;
+    return (uint64_t)system.f_bavail * system.f_frsize < floor + bytes ? ENOSPC : 0;
 }
 
 /* Gives the file room for `slots` slots, or leaves it as it was. */
@@ -270,13 +284,16 @@ static int extend(const kvo_file *file, uint32_t slots) {
     struct stat before, after;
     if (fstat(file->fd, &before) != 0) return -errno;
     off_t from = (off_t)kvo_file_offset(file, file->allocated), to = (off_t)kvo_file_offset(file, slots);
-    int error = fallocate(file->fd, 0, from, to - from) == 0 ? 0 : errno;
+    int error = check_floor(file, (uint64_t)(to - from));
+    if (error != 0) return -error;
+    error = fallocate(file->fd, 0, from, to - from) == 0 ? 0 : errno;
     /* Such a file system makes room when it is written to, but a file is as long as its slots everywhere: one that
      * ends within a slot would look truncated by somebody's hand. */
     if (error == EOPNOTSUPP) error = before.st_size >= to || ftruncate(file->fd, to) == 0 ? 0 : errno;
     if (error == 0 && fstat(file->fd, &after) != 0) error = errno;
     /* In many fragments a file costs more than its bytes, and the caller's limit counts what it costs. */
     if (error == 0 && (uint64_t)after.st_blocks * 512 > space_at_most(file)) error = ENOSPC;
+    if (error == 0) error = check_floor(file, 0); /* again: other ranks may have grown their files at the same time */
     if (error == 0 || error == EINTR) return -error; /* after a signal the next attempt goes on from here */
     return ftruncate(file->fd, before.st_size) == 0 ? -error : -errno;
 }

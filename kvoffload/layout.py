@@ -10,6 +10,7 @@ SUPERBLOCK_BYTES = 4096  # before a slot file's first slot
 JOURNAL_BYTES_PER_SLOT = 512  # the journal is compacted before it outgrows this
 NAMESPACE_BYTES = 256 * 1024  # directories, manifest, lock and the smallest journal
 METADATA_SHARE, METADATA_BYTES_MIN = 200, 64  # of a slot: one part of so many, and no less, for the file system
+FLOOR_SHARE, FLOOR_BYTES_MAX = 50, 10 * 2**30  # of a file system: one part of so many, and no more, stays free for others
 SLOTS_MIN = 8  # a tier of fewer blocks than this is of no use
 
 ARENA_PAGE = 2 * 2**20  # arenas are mapped in huge pages
@@ -41,6 +42,11 @@ def ssd_slot_bytes(payload_bytes: int) -> int:
     """
     size = slot_bytes(payload_bytes)
     return size + max(METADATA_BYTES_MIN, math.ceil(size / METADATA_SHARE))
+
+
+def free_floor(file_system_bytes: int) -> int:
+    """What slot files leave free on their file system when they grow, whatever the cap. Mirrored by csrc/slotfile.c."""
+    return min(file_system_bytes // FLOOR_SHARE, FLOOR_BYTES_MAX)
 
 
 def ssd_slots(cap_bytes: int, payload_bytes: int, ranks: int, paths: int) -> int:

@@ -10,6 +10,7 @@ from ..layout import (
     NAMESPACE_BYTES,
     SLOTS_MIN,
     SUPERBLOCK_BYTES,
+    free_floor,
     ssd_slot_bytes,
     ssd_slots,
 )
@@ -26,7 +27,7 @@ class PathUse:
 
     path: str
     device: int
-    free: int  # on the file system, to this user, once what is obsolete has been removed
+    free: int  # on the file system, to this user, less its floor, once what is obsolete has been removed
     own: int  # held by this namespace
     others: int  # held by everything else below kvoffload/, or reserved by live engines
     pending: int  # the part of `others` that live engines have reserved and not yet allocated
@@ -48,7 +49,7 @@ def measure(root: Directory, own_namespace: str, obsolete: Set[str]) -> PathUse:
             others += physical + promised
             pending += promised
     found = os.statvfs(root.fd)
-    free = found.f_bavail * found.f_frsize + freed
+    free = max(0, found.f_bavail * found.f_frsize + freed - free_floor(found.f_blocks * found.f_frsize))
     return PathUse(root.path, os.fstat(root.fd).st_dev, free, own, others, pending)
 
 
@@ -143,9 +144,9 @@ def _check_free(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geomet
         sharing = [(index, use) for index, use in enumerate(uses) if use.device == device]
         needed = sum(max(0, geometry.path_bytes(index, slot_count) - use.own) for index, use in sharing)
         free = min(use.free for _, use in sharing) - sum(use.pending for _, use in sharing)
-        if needed > free:
+        if needed > max(0, free):
             paths = " and ".join(use.path for _, use in sharing)
             raise StoreError(
-                f"{paths} has {max(0, free)} bytes free but {cap} needs {needed} more there: "
+                f"{paths} has {max(0, free)} bytes free beside what is kept for others, but {cap} needs {needed} more there: "
                 "lower ssd_kv_offload_gb, free space, or name another nvme_path"
             )

@@ -1,19 +1,17 @@
 """A drive that does not answer, for real: a file system on a loop device, frozen. Needs root."""
 
-import os
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.engine.loop_device import call, small_file_system
 from tests.engine.world import C_ENGINES
 
 ROOT = Path(__file__).parents[2]
-IMAGE_BYTES = 64 * 2**20
 CLOSE_S = 20.0  # close gives a drive 2 s
 CLOSES = """
 import sys, time
@@ -30,41 +28,14 @@ with open_engine(sys.argv[1], KVCache(), make_files(Path(sys.argv[2]))) as engin
 """
 
 
-def call(*command: object) -> None:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
-    if done.returncode != 0:
-        pytest.skip(f"no file system on a loop device here: {command[0]}: {done.stderr.strip()}")
-
-
-def unmount(folder: Path) -> None:
-    """The kernel closes the files of an io_uring some time after its process ended."""
-    for _ in range(100):
-        done = subprocess.run(["umount", str(folder)], capture_output=True, text=True)
-        if "busy" not in done.stderr:
-            break
-        time.sleep(0.1)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture
 def frozen_later(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, which the test may freeze."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    image, folder = tmp_path / "image", tmp_path / "mounted"
-    folder.mkdir()
-    with image.open("wb") as file:
-        file.truncate(IMAGE_BYTES)
-    try:
-        call("mkfs.ext4", "-q", image)
-        call("mount", "-o", "loop", image, folder)
-    except FileNotFoundError as error:
-        pytest.skip(f"no file system on a loop device here: {error}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["fsfreeze", "-u", str(folder)], capture_output=True)
-        unmount(folder)
+    with small_file_system(tmp_path) as folder:
+        try:
+            yield folder
+        finally:
+            subprocess.run(["fsfreeze", "-u", str(folder)], capture_output=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="freezes a file system the way Linux does")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvoffload.errors import StoreError
-from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, SLOTS_MIN, slot_bytes, slot_offset, ssd_slots
+from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, SLOTS_MIN, free_floor, slot_bytes, slot_offset, ssd_slots
 from kvoffload.store import namespace
 from kvoffload.store.capacity import Geometry, PathUse, decide_slots, measure
 from kvoffload.store.directory import Directory
@@ -237,7 +237,7 @@ def test_several_paths_share_the_cap_evenly_and_the_fullest_decides(tmp_path: Pa
 
 def test_automatic_takes_most_of_what_is_free_and_settles(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
-    free = found.f_bavail * found.f_frsize
+    free = found.f_bavail * found.f_frsize - free_floor(found.f_blocks * found.f_frsize)
     with open_store(tmp_path, -1000) as store:
         assert 0.7 * free < store.stats().reserved_bytes < 0.85 * free
         write_blocks(store, range(20))
@@ -249,11 +249,11 @@ def test_automatic_takes_most_of_what_is_free_and_settles(tmp_path: Path) -> Non
 def test_less_free_than_the_cap_is_said_with_both_figures(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
     cap = 2 * found.f_blocks * found.f_frsize
-    with pytest.raises(StoreError, match=r"bytes free but ssd_kv_offload_gb \(\d+ bytes\) needs") as caught:
+    with pytest.raises(StoreError, match=r"bytes free .*, but ssd_kv_offload_gb \(\d+ bytes\) needs") as caught:
         open_store(tmp_path, cap / MB)
     free, allowed, needed = (int(figure) for figure in re.findall(r"(\d+)(?= bytes| more)", str(caught.value)))
     assert allowed == pytest.approx(cap, rel=1e-6)
-    assert free == pytest.approx(found.f_bavail * found.f_frsize, rel=0.1)
+    assert free == pytest.approx(found.f_bavail * found.f_frsize - free_floor(found.f_blocks * found.f_frsize), rel=0.1)
     assert needed == pytest.approx(cap, rel=0.01)
 
 
@@ -275,6 +275,26 @@ def test_what_live_engines_have_not_allocated_yet_is_not_free() -> None:
     assert decide_slots(90 * MB, [use("/a", 1), use("/b", 2)], GEOMETRY)
     with pytest.raises(StoreError, match="/a has 40000000 bytes free"):
         decide_slots(90 * MB, [use("/a", 1, pending=60 * MB), use("/b", 2)], GEOMETRY)
+
+
+def test_a_full_grown_cache_on_a_drive_that_others_filled_opens() -> None:
+    slots = GEOMETRY.slots(150 * MB)
+    full = [use(f"/{index}", free=0, own=GEOMETRY.path_bytes(index, slots)) for index in range(2)]
+    assert decide_slots(150 * MB, full, GEOMETRY) == slots
+    with pytest.raises(StoreError, match="/0 and /1 has 0 bytes free beside what is kept for others"):
+        decide_slots(160 * MB, full, GEOMETRY)
+
+
+def test_what_is_kept_for_others_is_two_percent_and_little_of_a_large_drive() -> None:
+    assert free_floor(100 * MB) == 2 * MB
+    assert free_floor(4 * 10**12) == 10 * 2**30
+
+
+def test_what_is_kept_for_others_is_not_counted_as_free(tmp_path: Path) -> None:
+    with Directory.open(str(tmp_path)) as root:
+        found = os.statvfs(tmp_path)
+        kept = free_floor(found.f_blocks * found.f_frsize)
+        assert measure(root, "", frozenset()).free == pytest.approx(found.f_bavail * found.f_frsize - kept, abs=kept / 4)
 
 
 def test_what_the_namespace_already_has_need_not_be_free() -> None:
