@@ -11,11 +11,12 @@ from typing import NamedTuple, Self
 
 from ..config import Config
 from ..types import BlockKey, SlotFiles
+from .digests import Digests
 from .journal import Entry, Kind, Record
 from .namespace import OWN_DIRECTORIES, Identity
 from .opening import CLOSE_SECONDS, Opened, open_namespace
 
-__all__ = ["Entry", "Identity", "Store", "StoreStats"]
+__all__ = ["Digests", "Entry", "Identity", "Store", "StoreStats"]
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from ..layout import (
     ssd_slots,
 )
 from ..types import NO_SLOT
+from . import digests
 from .directory import Directory
 from .namespace import LOCK, ROOT_LOCK, Manifest, holder, is_held, is_namespace
 
@@ -37,7 +38,7 @@ def measure(root: Directory, own_namespace: str, obsolete: Set[str]) -> PathUse:
     """Count what lies below `root`, as if the `obsolete` were gone. Call with the root lock held."""
     own = pending = others = freed = 0
     for name in root.names():
-        if name == ROOT_LOCK:
+        if name == ROOT_LOCK or name in digests.FILES:
             continue  # part of every namespace's NAMESPACE_BYTES, as the root directory itself is
         physical = root.tree_bytes(name)
         if name in obsolete:

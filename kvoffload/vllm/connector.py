@@ -5,6 +5,7 @@ It adds failed loads that are recomputed instead of asserted, and our own traffi
 """
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvoffload.vllm import contract  # before what only a vLLM of its window has
@@ -19,8 +20,9 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from kvoffload.errors import ConfigError
+from kvoffload.store import Digests
 from kvoffload.vllm.geometry import Geometry
-from kvoffload.vllm.identity import identity_fields
+from kvoffload.vllm.identity import content_digest, identity_fields
 from kvoffload.vllm.manager import ManagerAdapter
 from kvoffload.vllm.spec import SPEC_NAME, KVOffloadSpec, user_settings
 from kvoffload.vllm.transfer import KVOffloadMetadata, KVOffloadWorkerMetadata
@@ -78,8 +80,13 @@ class KVOffloadConnector(OffloadingConnector):
         self._overwrites_first = vllm_config.use_v2_model_runner
         geometry = Geometry.of(vllm_config, build_offloading_config(vllm_config, kv_cache_config), kv_cache_config)
         if self.connector_scheduler is not None:
-            if settings.enabled:
-                self._manager.open(geometry, identity_fields(vllm_config, kv_cache_config))
+            if settings.enabled and settings.ssd_bytes != 0:
+                digests = Digests.load(settings.nvme_path[0])
+                identity = identity_fields(vllm_config, kv_cache_config, partial(digests.of, compute=content_digest))
+                self._manager.open(geometry, identity)
+                digests.save()
+            elif settings.enabled:
+                self._manager.open(geometry, {})  # nothing outlives this process, so nothing need be told apart
         elif self.connector_worker is not None:
             spec = self.connector_worker.spec
             assert isinstance(spec, KVOffloadSpec)

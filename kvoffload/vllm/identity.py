@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLOB = re.compile("[0-9a-f]{64}")  # a large file's name in the Hugging Face cache
+Content = Callable[[Path], str]  # tells files of different content apart
 NO_FILES = "none"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+BESIDE = ("*.json", "*.py")
 IN_FIELDS = ("config.json", "generation_config.json")  # as vLLM understands them, overrides included
 # Of vLLM's multimodal settings, those that change no block: sizes and ways of caches, limits, profiling.
 HARMLESS_MULTIMODAL = (
@@ -39,38 +40,41 @@ HARMLESS_MULTIMODAL = (
 )
 
 
-def _content(path: Path) -> str:
-    """What tells a file's content: its name in the hub's cache, which is its SHA-256, or a digest of every byte."""
-    blob = path.resolve().name
-    if path.is_symlink() and BLOB.fullmatch(blob):
-        return blob
+def content_digest(path: Path) -> str:
+    """Digest of every byte. A file's name in the hub's cache, which was its SHA-256 once, proves nothing: what is saved to a
+    snapshot goes through its symlinks."""
     digest = blake3(max_threads=blake3.AUTO)
     digest.update_mmap(path)
     return digest.hexdigest()
 
 
-def files_digest(directory: Path) -> str:
-    """Digest of the weight files below a directory and of the settings beside them (an adapter's scale, what turns an
-    image into tokens), in the order of their names; NO_FILES if there are no weights."""
-    weights = {path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file()}
-    settings = {path for path in directory.glob("*.json") if path.name not in IN_FIELDS and path.is_file()}
+def files_digest(directory: Path, paths: Iterable[Path], content_of: Content = content_digest) -> str:
+    """Digest of the files' names below a directory and of their content."""
     total = blake3()
-    for path in sorted(weights | settings):
-        total.update(f"{path.relative_to(directory)}\0{_content(path)}\0".encode())
-    return total.hexdigest() if weights else NO_FILES
+    for path in sorted(paths):
+        total.update(f"{path.relative_to(directory)}\0{content_of(path)}\0".encode())
+    return total.hexdigest()
 
 
-def weights_digest(config: "VllmConfig") -> str:
+def model_digest(directory: Path, content_of: Content = content_digest) -> str:
+    """Digest of the weight files below a directory, and of the settings and programs beside them (what turns an image into
+    tokens, a model's own code); NO_FILES if there are no weights."""
+    weights = {path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file()}
+    beside = {path for pattern in BESIDE for path in directory.glob(pattern) if path.name not in IN_FIELDS and path.is_file()}
+    return files_digest(directory, weights | beside, content_of) if weights else NO_FILES
+
+
+def weights_digest(config: "VllmConfig", content_of: Content) -> str:
     """Digest of the model's weights as found on this machine; names the source where they cannot be read."""
     model, load = config.model_config, config.load_config
     if load.load_format == "dummy":
         return f"dummy weights of seed {model.seed}"
     path = Path(model.model)
     if path.is_file():  # GGUF
-        return _content(path)
+        return content_of(path)
     if not path.is_dir():
         path = _snapshot(model.model, model.revision, load.download_dir)
-    digest = files_digest(path) if path else NO_FILES
+    digest = model_digest(path, content_of) if path else NO_FILES
     if digest == NO_FILES:
         logger.warning("kvoffload: the weights of %s are not local files; the cache trusts their name", model.model)
         return f"unread {model.model} {model.model_weights} {model.revision} {load.load_format}"
@@ -107,7 +111,9 @@ def _multimodal(config: "MultiModalConfig | None") -> dict[str, str]:
     return {name: repr(value) for name, value in sorted(vars(config).items()) if name not in HARMLESS_MULTIMODAL}
 
 
-def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> dict[str, Any]:
+def identity_fields(
+    config: "VllmConfig", kv_cache_config: "KVCacheConfig", content_of: Content = content_digest
+) -> dict[str, Any]:
     """The namespace's identity, in clear text and JSON-able. Anything that differs gives another namespace."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     if contract.draws_hash_seed(cache.prefix_caching_hash_algo) and "PYTHONHASHSEED" not in os.environ:
@@ -119,10 +125,11 @@ def identity_fields(config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> d
         )
     return {
         "model": model.model,
-        "weights": weights_digest(config),
+        "weights": weights_digest(config, content_of),
         "shape": _plain(model.hf_config.to_dict()),
         # Some models choose rotary factors or attention temperature by how long a sequence may get.
         "max_model_len": model.max_model_len,
+        "implementation": str(model.model_impl),  # vLLM's own and transformers' may order a head's values differently
         "generation": _plain({**model.try_get_generation_config(), **model.override_generation_config}),
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), repr(model.quantization_config)],
@@ -188,7 +195,7 @@ def _stamps(lora_path: str) -> list[str]:
 
 
 def _adapter_digest(lora_path: str) -> bytes:
-    return blake3(files_digest(_adapter_directory(lora_path)).encode()).digest(16)
+    return blake3(model_digest(_adapter_directory(lora_path)).encode()).digest(16)
 
 
 def salted(key: BlockKey, salt: bytes) -> BlockKey:

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+from functools import partial
 
 import pytest
+import safetensors.torch
+import torch
 from vllm.lora.request import LoRARequest
 
+from kvoffload.store import Digests, digests
 from kvoffload.types import KEY_BYTES_MAX
-from kvoffload.vllm.identity import LoraSalts, files_digest, salted
+from kvoffload.vllm.identity import LoraSalts, content_digest, model_digest, salted
 
 KEY = bytes(range(32)) + (3).to_bytes(4, "big")
 
@@ -22,29 +26,80 @@ def weights(tmp_path):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """A file's times are trusted although it was written just now: what the file systems of tests keep is fine enough."""
+    monkeypatch.setattr(digests, "SETTLE_SECONDS", -1.0)
+
+
 def test_one_changed_byte_of_the_weights_changes_the_digest(weights):
-    before = files_digest(weights)
+    before = model_digest(weights)
     content = bytearray((weights / "b.safetensors").read_bytes())
     content[5_000] ^= 1
     (weights / "b.safetensors").write_bytes(content)
-    assert files_digest(weights) != before
+    assert model_digest(weights) != before
 
 
 def test_weights_copied_elsewhere_with_other_notes_have_the_same_digest(weights, tmp_path):
     copy = shutil.copytree(weights, tmp_path / "elsewhere")
     (copy / "README.md").write_text("other")
-    assert files_digest(copy) == files_digest(weights)
+    assert model_digest(copy) == model_digest(weights)
 
 
-def test_weights_in_the_hubs_cache_are_told_by_the_name_of_their_blob(tmp_path):
+def test_weights_rewritten_in_the_hubs_cache_are_told_by_their_content(tmp_path):
+    """Its files are named by their SHA-256, but what is saved over a snapshot goes through its symlinks."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (tmp_path / ("a" * 64)).write_bytes(b"first weights")
+    (folder / "model.safetensors").symlink_to(tmp_path / ("a" * 64))
+    before = model_digest(folder)
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert (folder / "model.safetensors").is_symlink()
+    assert model_digest(folder) != before
+
+
+def test_retrained_weights_of_the_same_names_sizes_and_headers_have_another_digest(tmp_path):
     digests = []
-    for name in ("a" * 64, "b" * 64):
-        folder = tmp_path / name[0]
+    for value in (1.0, 1.0001):
+        folder = tmp_path / str(value)
         folder.mkdir()
-        (folder / name).write_bytes(b"the same bytes")
-        (folder / "model.safetensors").symlink_to(folder / name)
-        digests.append(files_digest(folder))
+        tensors = {"model.layers.0.weight": torch.full((64, 64), value)}
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+        digests.append(model_digest(folder))
+    first, second = ((tmp_path / str(value) / "model.safetensors").read_bytes() for value in (1.0, 1.0001))
+    header = 8 + int.from_bytes(first[:8], "little")
+    assert first[:header] == second[:header] and len(first) == len(second)
     assert digests[0] != digests[1]
+
+
+def test_a_models_own_code_is_part_of_its_digest(weights):
+    before = model_digest(weights)
+    (weights / "modeling_own.py").write_text("scale = 2")
+    assert model_digest(weights) != before
+
+
+def test_a_digest_remembered_gives_the_same_namespace_and_reads_nothing(weights, tmp_path):
+    (tmp_path / "nvme" / "kvoffload").mkdir(parents=True, mode=0o700)
+    read = []
+
+    def counted(path):
+        read.append(path.name)
+        return content_digest(path)
+
+    def digest_of(weights) -> str:
+        remembered = Digests.load(str(tmp_path / "nvme"))
+        digest = model_digest(weights, partial(remembered.of, compute=counted))
+        remembered.save()
+        return digest
+
+    first = digest_of(weights)
+    assert first == model_digest(weights) and sorted(read) == ["a.safetensors", "b.safetensors"]
+    assert digest_of(weights) == first and len(read) == 2
+    times = (weights / "a.safetensors").stat()
+    (weights / "a.safetensors").write_bytes(os.urandom(10_000))
+    os.utime(weights / "a.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p would leave it
+    assert digest_of(weights) == model_digest(weights) != first
+    assert read[2:] == ["a.safetensors"]
 
 
 def adapter(path, **options) -> LoRARequest:

@@ -9,7 +9,10 @@ import pytest
 from tiny_models import make
 from vllm.config.multimodal import MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
+from kvoffload.store import Identity
+from kvoffload.vllm import identity as identity_module
 from kvoffload.vllm.identity import identity_fields
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
@@ -37,12 +40,17 @@ def config_of(model: Path, **arguments):
     return EngineArgs(str(model), **arguments).create_engine_config()
 
 
-def identity(model: Path, kv_cache_config=ONE_GROUP, change=None, **arguments) -> str:
-    """As it goes into the namespace's name. `change` alters the configuration vLLM made."""
+def fields(model: Path, kv_cache_config=ONE_GROUP, change=None, **arguments) -> dict:
+    """`change` alters the configuration vLLM made."""
     config = config_of(model, **arguments)
     if change is not None:
         change(config)
-    return json.dumps(identity_fields(config, kv_cache_config), sort_keys=True)
+    return json.loads(json.dumps(identity_fields(config, kv_cache_config)))
+
+
+def identity(model: Path, kv_cache_config=ONE_GROUP, change=None, **arguments) -> str:
+    """As it goes into the namespace's name."""
+    return json.dumps(fields(model, kv_cache_config, change, **arguments), sort_keys=True)
 
 
 def setting(part: str, name: str, value: object):
@@ -70,6 +78,7 @@ CHANGES = {
     "data parallel rank": {"change": setting("parallel_config", "data_parallel_index", 1)},
     "decode context parallel": {"change": setting("parallel_config", "decode_context_parallel_size", 2)},
     "prefill context parallel": {"change": setting("parallel_config", "prefill_context_parallel_size", 2)},
+    "implementation": {"change": setting("model_config", "model_impl", "transformers")},
     "attention backend": {"change": setting("attention_config", "backend", "FLASHINFER")},
     "quantization": {"change": setting("model_config", "quantization", "fp8")},
     "quantization settings": {"change": setting("model_config", "quantization_config", {"ignore": ["lm_head"]})},
@@ -85,6 +94,35 @@ def test_what_changes_a_block_changes_the_namespace(model):
     found = {"as it is": identity(model)} | {name: identity(model, **change) for name, change in CHANGES.items()}
     same = {name: [other for other in found if found[other] == found[name]] for name in found}
     assert all(others == [name] for name, others in same.items()), same
+
+
+def test_every_field_of_the_identity_is_changed_by_something(model, tmp_path, monkeypatch):
+    """A field that nothing changes covers nothing."""
+    plain = fields(model)
+    moved = shutil.copytree(model, tmp_path / "elsewhere")
+    found = [fields(model, **change) for change in CHANGES.values()] + [fields(moved)]
+    monkeypatch.setattr(current_platform.__class__, "get_device_name", classmethod(lambda *_: "another processor"))
+    monkeypatch.setattr(identity_module, "vllm_version", "0.0")
+    found.append(fields(model))
+    changed = {name for other in found for name in plain if other[name] != plain[name]}
+    assert changed == set(plain)
+
+
+def test_retrained_weights_below_the_same_path_change_the_namespace(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / model.name)
+    plain = fields(copy)
+    (file,) = copy.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert {name for name, value in fields(copy).items() if value != plain[name]} == {"weights"}
+
+
+def test_ranks_of_one_namespace_have_files_that_no_other_rank_takes_for_its_own():
+    """Sizes are in the fields above; each rank's slots carry its number in their fingerprint."""
+    one = Identity.of({}, 4096, 4)
+    prints = {one.rank_fingerprint(rank, 4) for rank in range(4)} | {one.rank_fingerprint(0, 2)}
+    assert len(prints) == 5
 
 
 def test_the_engines_own_settings_for_images_change_the_namespace_but_those_of_caches_do_not(model):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvoffload.errors import StoreError
+from kvoffload.store import Digests
 from tests.store.helpers import OTHER_UID, as_other_user, namespace_of, open_store, write_blocks
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -39,11 +40,14 @@ def assert_private(path: Path) -> None:
 
 
 def fill(path: Path) -> None:
-    """Everything a store ever makes: the journal compacted at run time, an end and another beginning."""
+    """Everything a store ever makes: the journal compacted at run time, digests, an end and another beginning."""
     with open_store(path) as store:
         write_blocks(store, range(4))
         store.clear()
         assert store.flush(10)
+        digests = Digests.load(str(path))
+        digests._known["0" * 32] = digests._new["0" * 32] = "1" * 64
+        digests.save()
     open_store(path).close()
 
 
@@ -76,6 +80,7 @@ def test_what_was_opened_to_others_is_closed_again_and_said_so(tmp_path: Path, c
         each.chmod(0o777)
     with open_store(tmp_path) as store:
         write_blocks(store, range(4))
+        Digests.load(str(tmp_path))
     assert_private(tmp_path)
     for name in ("kvoffload", namespace_of(tmp_path).name, *FILES):
         assert re.search(rf"/{name} was open to other users \(mode 777\), who may have read it", caplog.text), name

@@ -1,0 +1,171 @@
+"""Digests of weights, remembered: they are right or computed again, and what remembers them is small, private and replaceable."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvoffload.store import Digests, digests
+from tests.store.helpers import MB, open_store, used_bytes, write_blocks
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "SETTLE_SECONDS", -1.0)
+
+
+@pytest.fixture
+def nvme(tmp_path: Path) -> Path:
+    (tmp_path / "nvme").mkdir()
+    open_store(tmp_path / "nvme").close()
+    return tmp_path / "nvme"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    return path
+
+
+def digest(path: Path) -> str:
+    return path.read_bytes().hex().ljust(64, "0")
+
+
+def never(path: Path) -> str:
+    raise AssertionError(f"{path} was read")
+
+
+def remember(nvme: Path, path: Path, compute: Callable[[Path], str] = digest) -> str:
+    known = Digests.load(str(nvme))
+    found = known.of(path, compute)
+    known.save()
+    return found
+
+
+def test_a_digest_is_computed_once_and_then_remembered_across_processes(nvme: Path, weights: Path) -> None:
+    assert remember(nvme, weights) == remember(nvme, weights, never) == digest(weights)
+
+
+def rewritten(path: Path) -> None:
+    path.write_bytes(b"retrain")
+
+
+def rewritten_with_the_old_times(path: Path) -> None:
+    found = path.stat()
+    path.write_bytes(b"retrain")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def replaced_by_another_with_the_old_times(path: Path) -> None:
+    found = path.stat()
+    (path.parent / "new").write_bytes(b"retrain")
+    os.utime(path.parent / "new", ns=(found.st_atime_ns, found.st_mtime_ns))
+    os.rename(path.parent / "new", path)
+
+
+def one_byte_written_in_place(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"W")
+
+
+@pytest.mark.parametrize(
+    "change", [rewritten, rewritten_with_the_old_times, replaced_by_another_with_the_old_times, one_byte_written_in_place]
+)
+def test_a_file_of_the_same_size_that_changed_is_read_again(nvme: Path, weights: Path, change: Callable[[Path], None]) -> None:
+    before = remember(nvme, weights)
+    time.sleep(0.02)  # a tick of the clock that stamps files; see SETTLE_SECONDS
+    change(weights)
+    assert weights.stat().st_size == 7
+    assert remember(nvme, weights) == digest(weights) != before
+
+
+def test_a_file_changed_just_now_is_not_remembered(nvme: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tick of the clock its next change would leave it the same times."""
+    monkeypatch.setattr(digests, "SETTLE_SECONDS", 10.0)
+    remember(nvme, weights)
+    weights.write_bytes(b"retrain")
+    assert remember(nvme, weights) == digest(weights)
+    assert not (nvme / "kvoffload" / "digests.json").exists()
+
+
+def test_what_was_read_of_a_file_that_changed_meanwhile_is_not_taken_for_it(nvme: Path, weights: Path) -> None:
+    def torn(path: Path) -> str:
+        time.sleep(0.02)
+        path.write_bytes(b"retrain")
+        return "0" * 64
+
+    assert remember(nvme, weights, torn) == "0" * 64
+    assert remember(nvme, weights) == digest(weights)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"a": "b"}', '{"%s": 1}' % ("0" * 32), "[" * 100_000, "\0\xff", '{"x": {"y": []}}']
+)
+def test_what_is_not_as_we_write_it_is_forgotten_and_replaced(nvme: Path, weights: Path, text: str) -> None:
+    file = nvme / "kvoffload" / "digests.json"
+    file.write_text(text, encoding="latin-1")
+    assert remember(nvme, weights) == digest(weights)
+    assert list(json.loads(file.read_text()).values()) == [digest(weights)]
+
+
+def test_without_a_path_or_with_one_that_cannot_be_used_nothing_is_remembered_and_nothing_made(
+    tmp_path: Path, weights: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (None, str(tmp_path / "missing"), str(weights), str(tmp_path / "link")):
+        known = Digests.load(path)
+        assert known.of(weights, digest) == digest(weights)
+        known.save()
+    assert {each.name for each in tmp_path.iterdir()} == {"link", weights.name}
+
+
+def test_loading_makes_nothing(tmp_path: Path, weights: Path) -> None:
+    Digests.load(str(tmp_path)).of(weights, digest)
+    assert [each.name for each in tmp_path.iterdir()] == [weights.name]
+
+
+def test_a_symlink_in_its_place_is_not_followed_and_said(
+    nvme: Path, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "precious"
+    target.write_text("{}")
+    (nvme / "kvoffload" / "digests.json").symlink_to(target)
+    assert remember(nvme, weights) == digest(weights)
+    assert target.read_text() == "{}"
+    assert f"computed anew: {nvme}/kvoffload/digests.json is not a regular file: remove it" in caplog.text
+
+
+def test_processes_that_save_at_the_same_time_lose_nothing_of_each_other(nvme: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(4)]
+    known = []
+    for number, path in enumerate(paths):
+        path.write_bytes(b"%d" % number)
+        known.append(Digests.load(str(nvme)))
+        known[-1].of(path, digest)
+    for each in known:
+        each.save()
+    assert [remember(nvme, path, never) for path in paths] == [digest(path) for path in paths]
+
+
+def test_the_newest_are_kept_and_all_of_it_is_within_the_cap(nvme: Path, tmp_path: Path) -> None:
+    with open_store(nvme) as store:
+        slots = store.slot_count
+    known = Digests.load(str(nvme))
+    paths = [tmp_path / f"{number}.safetensors" for number in range(digests.ENTRIES_MAX + 5)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"%d" % number)
+        known.of(path, digest)
+    known.save()
+    file = nvme / "kvoffload" / "digests.json"
+    assert file.stat().st_size <= digests._BYTES_MAX
+    again = Digests.load(str(nvme))
+    assert [again.of(path, never) for path in paths[5:]] == [digest(path) for path in paths[5:]]
+    (nvme / "kvoffload" / "digests.json.tmp").write_bytes(file.read_bytes())  # as a kill may leave it
+    with open_store(nvme) as store:
+        assert store.slot_count == slots, "no block is lost to them"
+        write_blocks(store, range(store.slot_count))
+        assert used_bytes(nvme / "kvoffload") <= 20 * MB
