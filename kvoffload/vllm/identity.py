@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,26 +158,32 @@ class LoraSalts:
     """Gives blocks computed with a LoRA adapter keys of their own.
 
     vLLM hashes an adapter's name and path, not its content, so an adapter replaced under the same name would find the
-    old one's blocks in a cache that outlives the process. vLLM reads an adapter's files when it is first used; the salt
-    is a digest of the files as they were then. If they change later, nobody can say which ones a block comes from: its
-    salt is random, so that nothing computed from then on is found again.
+    old one's blocks in a cache that outlives the process. The salt is a digest of the adapter's files. But vLLM keeps the
+    weights it read once, at a time it does not tell us. Only of files that have not changed since this process began is it
+    certain that what vLLM computes with is what lies there; with all others the salt is random, so that nothing computed
+    with them is found after this process or after their next change.
     """
 
     def __init__(self) -> None:
+        self._began_ns = time.time_ns()
         self._seen: dict[tuple[int, str], tuple[list[str], bytes]] = {}
 
     def of(self, adapter: "LoRARequest") -> bytes:
         name = (adapter.lora_int_id, adapter.lora_path)
         try:
-            stamps = _stamps(adapter.lora_path)
-            if name not in self._seen or adapter.load_inplace and self._seen[name][0] != stamps:
+            stamps, changed_ns = _stamps(adapter.lora_path)
+            if name not in self._seen and changed_ns < self._began_ns:
                 self._seen[name] = stamps, _adapter_digest(adapter.lora_path)
         except (OSError, RuntimeError, UnicodeError) as error:  # the latter two of odd names
             logger.warning("kvoffload: LoRA adapter %s cannot be read: %s", adapter.lora_path, error)
             stamps = []
-            self._seen.setdefault(name, ([], os.urandom(16)))
-        if self._seen[name][0] != stamps:
-            logger.warning("kvoffload: the files of LoRA adapter %s changed while in use", adapter.lora_path)
+        if name not in self._seen or self._seen[name][0] != stamps:
+            if stamps:
+                logger.warning(
+                    "kvoffload: the files of LoRA adapter %s changed while vLLM runs: until it is started again, what is "
+                    "computed with the adapter is not kept for the next start",
+                    adapter.lora_path,
+                )
             self._seen[name] = stamps, os.urandom(16)
         return self._seen[name][1]
 
@@ -186,16 +193,24 @@ def _adapter_directory(lora_path: str) -> Path:
     return path if path.exists() else _snapshot(lora_path, None, None) or path
 
 
-def _stamps(lora_path: str) -> list[str]:
-    """What changes when an adapter's files do. OSError if there are none, or they change just now."""
-    stats = [(path, path.stat()) for path in sorted(_adapter_directory(lora_path).rglob("*"))]
-    if not stats:
+def _adapter_files(lora_path: str) -> tuple[Path, list[Path]]:
+    """Where an adapter lies and all of its files, few and small, whatever they are called. OSError if there are none."""
+    directory = _adapter_directory(lora_path)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    if not files:
         raise FileNotFoundError(lora_path)
-    return [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+    return directory, files
+
+
+def _stamps(lora_path: str) -> tuple[list[str], int]:
+    """What is different after an adapter's files changed, and when one last did. OSError if they change just now."""
+    stats = [(path, path.stat()) for path in _adapter_files(lora_path)[1]]
+    stamps = [f"{path} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}" for path, stat in stats]
+    return stamps, max(max(stat.st_mtime_ns, stat.st_ctime_ns) for _, stat in stats)
 
 
 def _adapter_digest(lora_path: str) -> bytes:
-    return blake3(model_digest(_adapter_directory(lora_path)).encode()).digest(16)
+    return blake3(files_digest(*_adapter_files(lora_path)).encode()).digest(16)
 
 
 def salted(key: BlockKey, salt: bytes) -> BlockKey:

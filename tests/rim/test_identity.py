@@ -121,20 +121,53 @@ def test_an_adapter_with_another_scale_gets_other_keys_after_a_restart(weights):
     assert LoraSalts().of(adapter(weights)) != before
 
 
+def retrain(path) -> None:
+    """Other content, with the old one's size and time of modification."""
+    times = (path / "a.safetensors").stat()
+    (path / "a.safetensors").write_bytes(os.urandom(times.st_size))
+    os.utime(path / "a.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def assert_of_this_process_alone(salt: bytes, weights) -> None:
+    """Nothing computed under it is found by a process that starts now, or one that started before."""
+    assert salt and salt not in (LoraSalts().of(adapter(weights)), LoraSalts().of(adapter(weights, load_inplace=True)))
+
+
 def test_blocks_of_an_adapter_whose_files_changed_while_in_use_are_never_found_again(weights):
     salts = LoraSalts()
     before = salts.of(adapter(weights))
-    (weights / "a.safetensors").write_bytes(os.urandom(10_001))
+    retrain(weights)
     after = salts.of(adapter(weights))  # vLLM still computes with the old weights
-    assert salts.of(adapter(weights)) == after
-    assert after not in (before, LoraSalts().of(adapter(weights)))
+    assert salts.of(adapter(weights)) == after != before
+    assert_of_this_process_alone(after, weights)
 
 
-def test_an_adapter_loaded_anew_in_place_is_known_by_its_new_content(weights):
+def test_an_adapter_changed_after_vllm_may_have_read_it_and_before_its_first_request_is_not_taken_for_the_new_one(weights):
+    salts = LoraSalts()  # vLLM reads adapters when it starts
+    retrain(weights)
+    salt = salts.of(adapter(weights))
+    assert salts.of(adapter(weights)) == salt
+    assert_of_this_process_alone(salt, weights)
+
+
+@pytest.mark.parametrize("reload", ["in place", "unloaded and loaded again"])
+def test_a_retrained_adapter_that_is_reloaded_at_run_time_misses_what_the_old_one_left(weights, reload):
     salts = LoraSalts()
-    salts.of(adapter(weights))
-    (weights / "a.safetensors").write_bytes(os.urandom(10_001))
-    assert salts.of(adapter(weights, load_inplace=True)) == LoraSalts().of(adapter(weights))
+    before = salts.of(adapter(weights))
+    retrain(weights)
+    again = adapter(weights, load_inplace=True) if reload == "in place" else LoRARequest("adapter", 2, str(weights))
+    after = salts.of(again)
+    assert salts.of(again) == after
+    assert len({KEY, salted(KEY, before), salted(KEY, after)}) == 3
+    assert_of_this_process_alone(after, weights)
+    retrain(weights)
+    assert salts.of(again) not in (before, after)
+
+
+def test_any_file_of_an_adapter_tells_it_apart_whatever_it_is_called(weights):
+    before = LoraSalts().of(adapter(weights))
+    (weights / "adapter_model.tensors").write_bytes(b"in a format of tomorrow")
+    assert LoraSalts().of(adapter(weights)) != before
 
 
 def test_an_adapter_that_cannot_be_read_shares_its_blocks_with_no_other_process(tmp_path):
