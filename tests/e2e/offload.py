@@ -16,10 +16,10 @@ def ask(engine: VllmProcess, prompts: list[list[int]], **options) -> list[list[i
     return [answer.tokens for answer in engine.generate(prompts, TOKENS, **options)]
 
 
-def ask_one(engine: VllmProcess, prompt: list[int]) -> tuple[Answer, dict[str, float]]:
+def ask_one(engine: VllmProcess, prompt: list[int], **options) -> tuple[Answer, dict[str, float]]:
     """The answer, and how many of the prompt's tokens were found where: in GPU memory, DRAM ("host") or on SSD."""
     before = loaded(engine)
-    (answer,) = engine.generate([prompt], TOKENS)
+    (answer,) = engine.generate([prompt], TOKENS, **options)
     after = loaded(engine)
     return answer, {source: after[source] - before[source] for source in SOURCES}
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from vllm_process import VllmProcess
 
-from tests.e2e.offload import BLOCK, POOL, PROMPT, TOKENS, ask, ask_one, loaded, settle
+from tests.e2e.offload import BLOCK, POOL, PROMPT, SOURCES, TOKENS, ask, ask_one, loaded, settle
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,31 @@ def test_one_prompt_is_loaded_partly_from_dram_partly_from_ssd_and_partly_comput
     answer, source = ask_one(both, longer)
     assert answer.tokens == want[2]
     assert source == {"device": 0, "host": 15 * BLOCK, "disk": 15 * BLOCK}
+
+
+def test_what_was_stored_under_one_cache_salt_serves_no_request_with_another_or_none(both, baseline, prompts):
+    (prompt, *fillers) = prompts.many(5, PROMPT)
+    (want,) = baseline.tokens("llama", [prompt], TOKENS)
+
+    def source_of(cache_salt: str | None) -> dict[str, float]:
+        """Where the prompt is found when nothing of it is in GPU memory; the answer is right in any case."""
+        settle(both)
+        both.reset_gpu_prefix_cache()
+        answer, source = ask_one(both, prompt, cache_salt=cache_salt)
+        assert answer.tokens == want
+        return source
+
+    nothing = dict.fromkeys(SOURCES, 0)
+    ask(both, fillers[:1])
+    assert source_of("tenant a") == nothing
+    assert source_of("tenant b") == nothing, "tenant a's blocks are in DRAM and on SSD"
+    assert source_of("tenant a") == {**nothing, "host": PROMPT}
+    for filler in fillers:  # DRAM holds three prompts
+        settle(both)
+        ask(both, [filler])
+    assert source_of("tenant c") == source_of(None) == nothing, "tenants a's and b's blocks are on SSD"
+    for tenant in ("tenant b", "tenant a"):
+        assert source_of(tenant) == {**nothing, "disk": PROMPT}
 
 
 def check_metrics(both):
