@@ -1,12 +1,12 @@
-"""What the block manager keeps about a block and hands out for it. Scheduler side, one thread."""
+"""What the block manager keeps about a block and hands out for it, and what it asks of the store. Scheduler side, one thread."""
 
-from collections.abc import Callable, Container, Mapping
+import errno
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvoffload.types import NO_SLOT, BlockKey
-
-PAUSE_MIN_S, PAUSE_MAX_S = 1.0, 60.0
 
 
 class State(Enum):
@@ -31,36 +31,10 @@ class Stored(NamedTuple):
     dropped: int  # for which there was no slot
 
 
-class Pause:
-    """A time without traffic in one direction of the SSD after it failed: one second, then two, up to a minute."""
-
-    def __init__(self, clock: Callable[[], float]):
-        self._clock = clock
-        self._until = 0.0
-        self._length_s = 0.0
-
-    def begin(self) -> float:
-        """Returns its length in seconds; 0 if there is one already."""
-        if self.active():
-            return 0.0
-        self._length_s = min(PAUSE_MAX_S, max(PAUSE_MIN_S, 2 * self._length_s))
-        self._until = self._clock() + self._length_s
-        return self._length_s
-
-    def never_end(self) -> None:
-        self._until = float("inf")
-
-    def active(self) -> bool:
-        return self._clock() < self._until
-
-    def note_success(self) -> None:
-        self._length_s = 0.0
-
-
 class Block:
     __slots__ = (
         "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
-        "dirty", "used", "loads", "demotion", "promoter", "gone",
+        "dirty", "used", "loads", "demotion", "promoter", "late", "gone",
     )  # fmt: skip
 
     def __init__(self, key: BlockKey, group: int, generation: int, used: int):
@@ -74,6 +48,7 @@ class Block:
         self.loads = 0  # loads in flight that read it
         self.demotion: int | None = None  # id of the demotion in flight
         self.promoter: str | None = None  # owner of the load that fills its DRAM slot
+        self.late = False  # a late demotion may still read its DRAM slot, which stays its own until the drive answers
         self.gone = False  # forgotten: not in the index, slots go free when the last operation ends
 
 
@@ -86,3 +61,59 @@ class Unsaved:
 
     def __contains__(self, key: object) -> bool:
         return key in self._keys and self._blocks[key].ssd is not State.READY
+
+
+class Demotions:
+    """Those in flight, by number, and what ranks have said of them so far."""
+
+    def __init__(self, ranks: int):
+        self._ranks = ranks
+        self._blocks: dict[int, Block] = {}
+        self._acks: Counter[int] = Counter()
+        self._errors: dict[int, int] = {}
+        self._next = 0
+
+    def begin(self, block: Block) -> int:
+        block.demotion, self._next = self._next, self._next + 1
+        self._blocks[block.demotion] = block
+        return block.demotion
+
+    def ack(self, number: int, ranks: int, error: int) -> tuple[Block, int] | None:
+        """The block and what became of its demotion, if these were the last ranks that were waited for."""
+        if number not in self._blocks:
+            return None
+        self._acks[number] += ranks
+        if error and self._errors.get(number) != errno.ETIMEDOUT:  # a late write's memory is in use, whatever others say
+            self._errors[number] = error
+        if self._acks[number] < self._ranks:
+            return None
+        del self._acks[number]
+        block = self._blocks.pop(number)
+        block.demotion = None
+        return block, self._errors.pop(number, 0)
+
+    def blocks(self) -> Iterable[Block]:
+        return self._blocks.values()
+
+
+class Journal(Protocol):
+    """What the manager tells the store; none of it blocks or raises."""
+
+    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None: ...
+
+    def delete(self, key: BlockKey) -> None: ...
+
+    def touch(self, keys: Sequence[BlockKey]) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def next_generation(self) -> int: ...
+
+
+class Recovered(Protocol):
+    """A block found on SSD at start."""
+
+    key: BlockKey
+    slot: int
+    generation: int
+    group: int

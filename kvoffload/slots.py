@@ -1,18 +1,19 @@
-"""Free slots of one tier. Scheduler side, one thread."""
+"""Free slots of one tier or drive. Scheduler side, one thread."""
 
 import heapq
 from collections import deque
 
 
 class SlotPool:
-    """Hands out slot numbers 0 .. count-1, the lowest free one first, so that slot files grow from the front.
+    """Hands out the slot numbers of a range, the lowest free one first, so that slot files grow from the front.
 
     Slots given back as the last to be tried again come after all others, the longest waiting first.
     """
 
-    def __init__(self, count: int):
-        self.count = count
-        self._untouched = 0  # slots from here on were never handed out
+    def __init__(self, slots: range):
+        self._slots = slots
+        self.count = len(slots)
+        self._untouched = 0  # places in the range from here on were never handed out
         self._returned: list[int] = []  # heap of slots given back
         self._last: deque[int] = deque()
 
@@ -22,7 +23,7 @@ class SlotPool:
             return heapq.heappop(self._returned)
         if self._untouched < self.count:
             self._untouched += 1
-            return self._untouched - 1
+            return self._slots[self._untouched - 1]
         return self._last.popleft() if self._last else None
 
     def give_back(self, slot: int, last: bool = False) -> None:
@@ -31,14 +32,14 @@ class SlotPool:
         else:
             heapq.heappush(self._returned, slot)
 
-    def claim(self, slots: set[int]) -> None:
-        """Marks slots as taken that a recovered store owns. REQUIRES: no slot was taken before."""
-        self._untouched = max(slots, default=-1) + 1
-        self._returned = [slot for slot in range(self._untouched) if slot not in slots]
+    def claim(self, owned: set[int]) -> None:
+        """Marks those of its slots as taken that a recovered store owns. REQUIRES: no slot was taken before."""
+        self._untouched = max((self._slots.index(slot) for slot in owned if slot in self._slots), default=-1) + 1
+        self._returned = [slot for slot in self._slots[: self._untouched] if slot not in owned]
 
     def free(self) -> int:
         return self.count - self._untouched + len(self._returned) + len(self._last)
 
     def is_free(self, slot: int) -> bool:
         """For checks only: linear in the slots given back."""
-        return slot >= self._untouched or slot in self._returned or slot in self._last
+        return self._slots.index(slot) >= self._untouched or slot in self._returned or slot in self._last

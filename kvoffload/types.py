@@ -138,7 +138,8 @@ class TransferReport:
     def add(self, other: "TransferReport") -> None:
         for number, ranks in other.demoted.items():
             self.demoted[number] = self.demoted.get(number, 0) + ranks
-        self.failed_demotions.update(other.failed_demotions)
+        late = {number: error for number, error in self.failed_demotions.items() if error == errno.ETIMEDOUT}
+        self.failed_demotions |= other.failed_demotions | late  # a late write's memory is in use, whatever other ranks say
         for number, errors in other.failed.items():
             add_errors(self.failed.setdefault(number, {}), errors)
         self.attach_error = self.attach_error or other.attach_error

@@ -255,10 +255,8 @@ class Worker:
             left_s = batch.deadline - time.monotonic()
             if left_s <= 0:
                 batches.popleft()
-                # A load that was never tried says nothing about the drive.
-                error = errno.ECANCELED if loads else errno.ETIMEDOUT
                 for number in batch.ops["id"].tolist():
-                    self._complete(number, error, 0.0)
+                    self._complete(number, errno.ECANCELED, 0.0)  # never tried, which says nothing about the drive
                 continue
             offered = batch.ops[: max(0, LOAD_OPS_MAX - self._load_ops)] if loads else batch.ops
             if len(offered) and offered["flags"][-1] == OpFlag.LINK:

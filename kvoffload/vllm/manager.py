@@ -131,9 +131,11 @@ class ManagerAdapter(OffloadingManager):
         ssd_slots = self._store.slot_count if self._store else 0
         slot = slot_bytes(geometry.payload_bytes)
         self._block_bytes = ranks * slot
+        folders = [os.path.dirname(path) for path in self._attach[0].paths] if self._attach else ["none"]
         self._core = BlockManager(
-            dram.slots, ssd_slots, ranks, journal, dram_is_tier=dram.is_tier, recovered=entries
-        )
+            dram.slots, ssd_slots, ranks, journal,
+            dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=entries,
+        )  # fmt: skip
         logger.info(
             "kvoffload: %d DRAM slots, %d SSD slots of %d bytes per rank; %d blocks resumed from %s",
             dram.slots if dram.is_tier else 0,
@@ -318,13 +320,16 @@ class ManagerAdapter(OffloadingManager):
             if increase:
                 stats.increase_counter(name, increase, tuple(labels))
                 self._reported[name, *labels] = value
-        for tier, (used, capacity) in self._core.usage().items():
-            if tier is Tier.DRAM and not self._core.dram_is_tier:
-                continue  # bounce slots are no tier
-            gauges = {"kvoffload_used_bytes": used, "kvoffload_capacity_bytes": capacity}
-            for name, slots in gauges.items():
-                value = slots * self._block_bytes
-                if self._reported.get((name, tier)) != value:
-                    stats.set_gauge(name, value, (tier.value,))
-                    self._reported[name, tier] = value
+        for (name, *labels), value in self._gauges():
+            if self._reported.get((name, *labels)) != value:
+                stats.set_gauge(name, value, tuple(labels))
+                self._reported[name, *labels] = value
         return None if stats.is_empty() else stats
+
+    def _gauges(self) -> Iterable[tuple[tuple[str, ...], float]]:
+        for tier, (used, capacity) in self._core.usage().items():
+            if tier is Tier.SSD or self._core.dram_is_tier:  # bounce slots are no tier
+                yield ("kvoffload_used_bytes", tier.value), used * self._block_bytes
+                yield ("kvoffload_capacity_bytes", tier.value), capacity * self._block_bytes
+        for labels, state in self._core.drive_states() if self._store is not None else ():
+            yield ("kvoffload_drive_state", *labels), state.value

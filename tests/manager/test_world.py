@@ -1,10 +1,13 @@
+import errno
 import random
 
 import pytest
 
+from kvoffload.blocks import State
+from kvoffload.breaker import BreakerState
 from kvoffload.manager import BlockManager
 from kvoffload.types import Tier
-from tests.manager.world import World
+from tests.manager.world import Mood, World
 
 STEPS = 400
 SHAPES = [
@@ -34,6 +37,80 @@ def test_every_load_delivers_the_bytes_that_were_stored(seed, shape, ranks, faul
     world.drain()
     world.manager.check()
     assert not world.jobs
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("fault_rate", [0.0, 0.02])
+@pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
+def test_drives_that_fail_stall_fill_up_lose_writes_and_come_back_cost_no_wrong_byte(seed, shape, ranks, fault_rate):
+    world = World(seed, ranks, drives=3, backlog=20, fault_rate=fault_rate, **shape)
+    for number in range(2 * STEPS):
+        if number % 10 == 0:
+            world.set_mood(world.rng.randrange(3), world.rng.choice(list(Mood)))
+        world.step()
+    assert world.delivered > 20 and world.failed_loads
+    for drive in range(3):
+        world.set_mood(drive, Mood.WELL)
+    world.fault_rate = 0.0
+    for worker in world.workers:
+        worker.fault_rate = 0.0
+    world.drain()
+    world.check()
+    world.written.clear()
+    for _ in range(STEPS):
+        world.step()
+    assert all(world.written[drive] for drive in range(3)), "every drive was taken back"
+    assert all(drive.reads.state is not BreakerState.OPEN for drive in world.manager._drives)
+
+
+@pytest.mark.parametrize("mood", [Mood.DEAD, Mood.HUNG, Mood.FULL])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_one_bad_drive_of_two_fails_alone_and_is_taken_back(seed, shape, mood):
+    world = World(seed, 2, drives=2, backlog=20, **shape)
+    for _ in range(STEPS // 2):
+        world.step()
+    world.set_mood(1, mood)
+    for _ in range(STEPS // 2):
+        world.step()
+    world.written.clear(), world.read.clear(), world.asked.clear()
+    for _ in range(2 * STEPS):
+        world.step()
+    assert world.written[0] > 20 and world.read[0] > 20, "the other works on"
+    assert not world.written[1]
+    assert bool(world.read[1]) == (mood is Mood.FULL), "a full drive still serves loads"
+    if mood is not Mood.FULL:
+        assert world.asked[1] < 60, "a trial now and then"
+    world.set_mood(1, Mood.WELL)
+    world.drain()
+    world.written.clear(), world.read.clear()
+    for _ in range(STEPS):
+        world.step()
+    assert world.written[1] > 20 and world.read[1] > 20
+
+
+def test_a_drive_that_lost_writes_loses_those_blocks_only(seed):
+    world = World(seed, 1, drives=2, backlog=20, dram=12, ssd=40)
+    for _ in range(STEPS):
+        world.step()
+    world.set_mood(1, Mood.LOSSY)
+
+    def damaged() -> set[bytes]:
+        held, journalled = world.workers[0].ssd, world.journal.blocks.items()
+        return {key for key, (slot, generation, _) in journalled if held.get(slot, ())[:2] != (key, generation)}
+
+    while len(damaged()) < 5:
+        world.step()
+    world.set_mood(1, Mood.WELL)
+    world.drain()
+    lost = damaged()
+    sound = world.journal.blocks.keys() - lost
+    assert lost and sound
+    for key in sorted(lost | sound):
+        world.manager.load([key], "reader")
+        error = 0 if key in sound or world.manager._blocks[key].dram is State.READY else errno.EBADMSG
+        world.manager.load_done([key], "reader", {key: error} if error else {})
+        world.manager.check()
+    assert sound <= world.journal.blocks.keys()
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])
@@ -66,7 +143,8 @@ def test_reset_forgets_everything_and_leaks_nothing(seed):
     world.manager.check()
     assert all(world.manager.tier(key) is None for prefix in world._prefixes for key in prefix)
     world.drain()
-    assert all(used == 0 for used, _ in world.manager.usage().values())
+    late = sum(len(drive.late_slots) for drive in world.manager._drives)  # kept until the drive is used again
+    assert [used for used, _ in world.manager.usage().values()] == [late, 0]
     for _ in range(STEPS // 4):
         world.step()
 

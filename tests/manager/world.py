@@ -6,11 +6,13 @@ is seen. Workers keep the engine's contract (csrc/kvo.h) and refuse what its cal
 
 import errno
 import random
+from collections import Counter
 from dataclasses import dataclass
+from enum import Enum
 
 from kvoffload.blocks import Placement, State
 from kvoffload.manager import BlockManager
-from kvoffload.types import NO_SLOT, BlockKey
+from kvoffload.types import NO_SLOT, BlockKey, Demotion, add_errors
 
 
 class MemoryJournal:
@@ -40,6 +42,16 @@ class MemoryJournal:
         return self._generation
 
 
+class Mood(Enum):
+    """How a drive of the world behaves, on every rank alike."""
+
+    WELL = "well"
+    DEAD = "fails everything at once"
+    HUNG = "answers nothing in time; late writes land when the mood passes"
+    FULL = "takes no writes"
+    LOSSY = "acknowledges writes and keeps the old bytes"
+
+
 @dataclass
 class Action:
     """One rank's share of an operation, to be done at a moment of the world's choosing."""
@@ -50,17 +62,20 @@ class Action:
 
 
 class SimWorker:
-    def __init__(self, rng: random.Random, fault_rate: float):
-        self.rng, self.fault_rate = rng, fault_rate
+    def __init__(self, rng: random.Random, fault_rate: float, moods: list[Mood]):
+        self.rng, self.fault_rate, self.moods = rng, fault_rate, moods
         self.dram: dict[int, tuple[BlockKey, int, bytes]] = {}
         self.ssd: dict[int, tuple[BlockKey, int, bytes]] = {}
         self.waiting: list[Action] = []
         self._targets: set[tuple[str, int]] = set()
+        self.in_use: dict[int, int] = {}  # DRAM slots that late operations still use, by which drive's
+        self._landing: list[Placement] = []  # late writes on their way
 
     def begin(self, action: Action) -> None:
         for target in self._fills(action):
             assert target not in self._targets, f"{target} is filled by two operations at once"
             self._targets.add(target)
+            assert target[0] == "ssd" or target[1] not in self.in_use, f"{target} is filled while a late operation uses it"
         self.waiting.append(action)
 
     def _fills(self, action: Action) -> list[tuple[str, int]]:
@@ -89,6 +104,15 @@ class SimWorker:
         held = self.dram.get(place.dram_slot)
         if held is None or held[:2] != (place.key, place.generation):
             raise AssertionError("a demotion found another block in its DRAM slot")
+        mood = self._mood(place)
+        if mood is Mood.HUNG:
+            self.in_use[place.dram_slot] = place.ssd_slot % len(self.moods)
+            self._landing.append(place)
+            return errno.ETIMEDOUT, b""
+        if mood in (Mood.DEAD, Mood.FULL):
+            return errno.EIO if mood is Mood.DEAD else errno.ENOSPC, b""
+        if mood is Mood.LOSSY:
+            return 0, b""
         if fault:
             if self.rng.random() < 0.5:
                 self.ssd[place.ssd_slot] = (place.key, 0, b"torn")
@@ -96,7 +120,24 @@ class SimWorker:
         self.ssd[place.ssd_slot] = held
         return 0, b""
 
+    def _mood(self, place: Placement) -> Mood:
+        return Mood.WELL if place.ssd_slot == NO_SLOT else self.moods[place.ssd_slot % len(self.moods)]
+
+    def recover(self, drive: int) -> None:
+        """The drive no longer hangs: what is late ends now."""
+        for place in [place for place in self._landing if place.ssd_slot % len(self.moods) == drive]:
+            self._landing.remove(place)
+            held = self.dram.get(place.dram_slot)
+            assert held is not None and held[:2] == (place.key, place.generation), "memory of a late write was given away"
+            self.ssd[place.ssd_slot] = held
+        self.in_use = {slot: of for slot, of in self.in_use.items() if of != drive}
+
     def _load(self, place: Placement, content: bytes, fault: bool) -> tuple[int, bytes]:
+        mood = self._mood(place)
+        if mood is Mood.HUNG and place.dram_slot != NO_SLOT:
+            self.in_use[place.dram_slot] = place.ssd_slot % len(self.moods)
+        if mood in (Mood.HUNG, Mood.DEAD):
+            return errno.ETIMEDOUT if mood is Mood.HUNG else errno.EIO, b""
         if fault:
             return self.rng.choice([errno.EIO, errno.ETIMEDOUT]), b""
         source = self.dram.get(place.dram_slot) if place.ssd_slot == NO_SLOT else self.ssd.get(place.ssd_slot)
@@ -110,25 +151,35 @@ class SimWorker:
 @dataclass
 class Job:
     kind: str
-    keys: list[BlockKey]
+    places: list[Placement]
     failed: dict[BlockKey, int]
     left: int
 
 
 class World:
-    """Drives manager and workers through random steps. `errors` says whether a load may fail at all."""
+    """Drives manager and workers through random steps. In a world without faults and moods no load may fail. With a `backlog`
+    workers leave no more than that undone in a step, so that there is more to and fro."""
 
-    def __init__(self, seed: int, ranks: int, dram: int, ssd: int, *, tier: bool = True, fault_rate: float = 0.0):
+    def __init__(
+        self, seed: int, ranks: int, dram: int, ssd: int,
+        *, tier: bool = True, fault_rate: float = 0.0, drives: int = 1, backlog: int | None = None,
+    ):  # fmt: skip
         self.rng = random.Random(seed)
         self.now = 0.0
         self.ranks, self.fault_rate = ranks, fault_rate
         self.journal = MemoryJournal()
-        self.manager = BlockManager(dram, ssd, ranks, self.journal, dram_is_tier=tier, clock=lambda: self.now)
-        self.workers = [SimWorker(self.rng, fault_rate) for _ in range(ranks)]
+        names = [str(drive) for drive in range(drives)]
+        self.manager = BlockManager(
+            dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, clock=lambda: self.now
+        )
+        self.moods = [Mood.WELL] * drives
+        self.moody = False
+        self.backlog = backlog
+        self.workers = [SimWorker(self.rng, fault_rate, self.moods) for _ in range(ranks)]
         self.contents: dict[tuple[BlockKey, int, int], bytes] = {}  # key, generation, rank -> stored bytes
         self.jobs: dict[str, Job] = {}
-        self.demotions: dict[int, Placement] = {}
         self.delivered = self.failed_loads = 0
+        self.written, self.read, self.asked = Counter(), Counter(), Counter()  # by drive: what succeeded, and all attempts
         self._names = 0
         self._prefixes = self._grow_prefixes()
 
@@ -150,16 +201,27 @@ class World:
             self._names += 1
             stores.append((f"r{self._names}", self._request(f"r{self._names}")))
         self.manager.end_step()
-        for demotion in self.manager.plan():
-            place = Placement(demotion.key, demotion.generation, demotion.dram_slot, demotion.ssd_slot)
-            self.demotions[demotion.id] = place
-            self._begin("demote", [place], demotion.id)
+        self._demote(self.manager.plan())
         for name, keys in stores:
             self._store(name, keys)
         self.check()
         for _ in range(self.rng.randint(0, 3 * self.ranks)):
             self.finish_one()
+        while self.backlog is not None and sum(len(worker.waiting) for worker in self.workers) > self.backlog:
+            self.finish_one()
         self.check()
+
+    def _demote(self, demotions: list[Demotion]) -> None:
+        for demotion in demotions:
+            place = Placement(demotion.key, demotion.generation, demotion.dram_slot, demotion.ssd_slot)
+            self._begin("demote", [place], demotion.id)
+
+    def set_mood(self, drive: int, mood: Mood) -> None:
+        self.moody = True
+        if self.moods[drive] is Mood.HUNG:
+            for worker in self.workers:
+                worker.recover(drive)
+        self.moods[drive] = mood
 
     def check(self) -> None:
         """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else."""
@@ -175,7 +237,7 @@ class World:
         if hits and self.rng.random() < 0.8:
             loaded = keys[: self.rng.randint(1, hits)]
             places = self.manager.load(loaded, name)
-            self.jobs[name] = Job("load", loaded, {}, len(places) * self.ranks)
+            self.jobs[name] = Job("load", places, {}, len(places) * self.ranks)
             self._begin("load", places, name)
         self.manager.touch(keys)
         return keys
@@ -185,10 +247,11 @@ class World:
         if not places:
             return
         name += " store"
-        self.jobs[name] = Job("store", [place.key for place in places], {}, len(places) * self.ranks)
+        self.jobs[name] = Job("store", places, {}, len(places) * self.ranks)
         self._begin("store", places, name)
 
     def _begin(self, kind: str, places: list[Placement], owner: object) -> None:
+        self.asked.update(place.ssd_slot % len(self.moods) for place in places if place.ssd_slot != NO_SLOT)
         for worker in self.workers:
             for place in places:
                 worker.begin(Action(kind, place, owner))
@@ -205,14 +268,17 @@ class World:
         identity = (place.key, place.generation, rank)
         if action.kind == "demote":
             self.manager.ack(action.owner, 1, error)
+            self.written[place.ssd_slot % len(self.moods)] += not error
             return True
         if action.kind == "store" and not error:
             self.contents[identity] = fresh
         if action.kind == "load" and not error:
             assert data == self.contents[identity], f"wrong bytes for {place}"
             self.delivered += 1
+            if place.ssd_slot != NO_SLOT:
+                self.read[place.ssd_slot % len(self.moods)] += 1
         if action.kind == "load" and error:
-            assert self.fault_rate, f"a load failed with errno {error} in a world without faults: {place}"
+            assert self.fault_rate or self.moody, f"a load failed with errno {error} in a world without faults: {place}"
             self.failed_loads += 1
         self._account(action, error)
         return True
@@ -221,14 +287,20 @@ class World:
         job = self.jobs[action.owner]
         job.left -= 1
         if error:
-            job.failed.setdefault(action.place.key, error)
+            add_errors(job.failed, {action.place.key: error})
         if job.left:
             return
         del self.jobs[action.owner]
-        if job.kind == "load":
-            self.manager.load_done(job.keys, action.owner, job.failed)
-        else:
-            self.manager.store_done(job.keys, job.failed)
+        keys = [place.key for place in job.places]
+        if job.kind == "store":
+            self.manager.store_done(keys, job.failed)
+            return
+        for place in job.places:
+            if job.failed.get(place.key) != errno.ETIMEDOUT and place.ssd_slot != NO_SLOT:
+                # One rank's damage speaks louder than another's lateness; the engine has spare memory for a few of these.
+                for worker in self.workers:
+                    worker.in_use.pop(place.dram_slot, None)
+        self.manager.load_done(keys, action.owner, job.failed)
 
     def drain(self) -> None:
         """Until no operation is in flight and nothing more is planned."""
@@ -238,8 +310,6 @@ class World:
             self.now += 100.0  # past any pause
             self.manager.end_step()
             demotions = self.manager.plan()
-            for demotion in demotions:
-                place = Placement(demotion.key, demotion.generation, demotion.dram_slot, demotion.ssd_slot)
-                self._begin("demote", [place], demotion.id)
+            self._demote(demotions)
             if not demotions:
                 return

@@ -241,6 +241,30 @@ def test_switched_off_it_neither_finds_nor_stores():
     assert manager.get_stats() is None and not manager.has_pending_work()
 
 
+def test_a_drives_state_is_exported_by_its_number_when_it_changes(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    manager = adapter(nvme_path=[str(path) for path in paths], ssd_kv_offload_gb=0.01)
+
+    def exported(name: str) -> dict:
+        stats = manager.get_stats()
+        return {} if stats is None else stats.data["data"].get(name, {})
+
+    context, keys = request(manager, "r", 4)
+    store(manager, context, keys)
+    demotions = end_step(manager).demotions
+    assert [demotion.ssd_slot for demotion in demotions] == [0, 1, 2, 3]
+    well = {(drive, direction): 0 for drive in "01" for direction in ("read", "write")}
+    assert exported("kvoffload_drive_state") == well and exported("kvoffload_drive_state") == {}
+    done = dict.fromkeys((demotion.id for demotion in demotions), 1)
+    manager.take_in(TransferReport(demoted=done, failed_demotions={demotions[1].id: errno.ENOSPC}))
+    stats = manager.get_stats().data["data"]
+    assert stats["kvoffload_drive_state"] == {("1", "write"): 2}
+    assert stats["kvoffload_drive_openings_total"] == {("1", "write", "ENOSPC"): 1}
+    manager.shutdown()
+
+
 @pytest.mark.parametrize("second_runner", [True, False])
 def test_the_connector_names_what_a_step_overwrites_if_the_model_runner_does_so_too_early(second_runner):
     manager = adapter()

@@ -203,6 +203,23 @@ def test_operations_the_engine_never_had_room_for_fail_at_their_deadline(monkeyp
     assert report.failed == {TRANSFER: {key(0): errno.ECANCELED, key(1): errno.ECANCELED}}
 
 
+def test_a_demotion_the_engine_never_had_room_for_is_not_called_late(monkeypatch):
+    """Its drive was not asked, so nothing is to be held against it."""
+    monkeypatch.setattr(worker_module, "DEMOTION_TIMEOUT_S", -1.0)
+    worker = Worker(DeafEngine(room=0), rank=0, group_bytes=[PAYLOAD])
+    worker.apply(TransferPlan(demotions=(Demotion(1, key(0), 0, 7, 0, 0),)))
+    assert worker.take_report().failed_demotions == {1: errno.ECANCELED}
+
+
+def test_of_several_ranks_words_on_a_demotion_lateness_stays():
+    """Whatever the others say, the late one may still use its memory."""
+    for errors in ((errno.ETIMEDOUT, errno.EIO), (errno.EIO, errno.ETIMEDOUT)):
+        report = TransferReport()
+        for error in errors:
+            report.add(TransferReport(demoted={1: 1}, failed_demotions={1: error}))
+        assert report.demoted == {1: 2} and report.failed_demotions == {1: errno.ETIMEDOUT}
+
+
 def test_a_load_of_any_size_leaves_room_for_stores(monkeypatch):
     monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 8)
     engine = DeafEngine(room=10)

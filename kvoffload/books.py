@@ -1,0 +1,58 @@
+"""What must be true of the block manager's books between any two calls. For tests, which ask after every step."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+from kvoffload.blocks import Block, State
+from kvoffload.drives import Drive, Drives
+from kvoffload.policy import EvictionPolicy
+from kvoffload.slots import SlotPool
+from kvoffload.types import NO_SLOT, BlockKey
+
+
+def verify(
+    blocks: Mapping[BlockKey, Block],
+    dirty: Mapping[BlockKey, Block],
+    stores: Mapping[BlockKey, Block],
+    loads: Collection[tuple[Block, Drive | None]],
+    demotions: Iterable[Block],
+    dram: SlotPool,
+    dram_lru: EvictionPolicy,
+    drives: Drives,
+) -> None:
+    """Every slot has one owner, counts add up, lists hold what they may. Raises AssertionError."""
+    loading = [block for block, _ in loads]
+    late = [block for drive in drives for block in drive.late_blocks]
+    everyone = {id(b): b for b in (*blocks.values(), *stores.values(), *loading, *demotions, *late)}
+    late_slots = [slot for drive in drives for slot in drive.late_slots]
+    _verify_pool("dram", dram, [*(b.dram_slot for b in everyone.values() if b.dram is not State.ABSENT), *late_slots])
+    on_ssd = [block for block in everyone.values() if block.ssd is not State.ABSENT]
+    for drive in drives:
+        here = [block for block in on_ssd if drives.of(block.ssd_slot) is drive]
+        _verify_pool(f"drive {drive.number}", drive.pool, [block.ssd_slot for block in here])
+        assert drive.loads == sum(source is drive for _, source in loads), f"drive {drive.number}: loads"
+        assert drive.demotions == sum(block.ssd is State.MOVING_IN for block in here), f"drive {drive.number}: demotions"
+        evictable = [block for block in blocks.values() if block.key in drive.evictable]
+        assert len(evictable) == len(drive.evictable), f"drive {drive.number}: evictable, but not held"
+        assert all(block.ssd is State.READY and not block.loads and block in here for block in evictable)
+    in_use = Counter(id(block) for block in loading)
+    for block in everyone.values():
+        name = block.key.hex()
+        assert block.gone == (blocks.get(block.key) is not block), name
+        assert block.loads == in_use[id(block)], f"{name}: loads"
+        assert (block.demotion is None) == (block.ssd is not State.MOVING_IN), f"{name}: demotion"
+        assert block.dirty == (dirty.get(block.key) is block), f"{name}: dirty"
+        assert block.late == (block in late) and not (block.late and block.ssd is State.READY), f"{name}: late"
+        assert not (block.dirty or block.late) or block.dram is State.READY, f"{name}: to be written, without bytes"
+        assert not block.gone or block.loads or block.demotion is not None or block.late or block in stores.values(), name
+        if block.key in dram_lru and not block.gone:
+            idle = not block.loads and block.demotion is None and not block.late
+            assert block.dram is State.READY and idle, f"{name}: evictable in use"
+
+
+def _verify_pool(name: str, pool: SlotPool, slots: Iterable[int]) -> None:
+    owned = Counter(slots)
+    assert all(count == 1 for count in owned.values()), f"{name}: a slot has two owners"
+    assert NO_SLOT not in owned, f"{name}: a block without a slot"
+    assert len(owned) + pool.free() == pool.count, f"{name}: {len(owned)} owned, {pool.free()} free, of {pool.count}"
+    assert not any(pool.is_free(slot) for slot in owned), f"{name}: an owned slot is free"

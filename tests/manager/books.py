@@ -1,0 +1,35 @@
+"""A block manager by itself, for tests that say what workers do."""
+
+from kvoffload.manager import BlockManager
+from kvoffload.types import Tier
+from tests.manager.world import MemoryJournal
+
+
+def prefix(name: str, length: int) -> list[bytes]:
+    return [f"{name}{number}".encode() for number in range(length)]
+
+
+class Books:
+    """A block manager whose workers do everything at once and well, unless a test says otherwise."""
+
+    def __init__(self, dram: int, ssd: int, ranks: int = 1, tier: bool = True, drives: int = 1):
+        self.now = 0.0
+        self.journal = MemoryJournal()
+        names = [str(drive) for drive in range(drives)]
+        self.manager = BlockManager(dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, clock=lambda: self.now)
+
+    def store(self, blocks: list[bytes]) -> list[bytes]:
+        stored = [place.key for place in self.manager.store([(key, 0) for key in blocks]).placements]
+        self.manager.store_done(stored)
+        self.manager.check()
+        return stored
+
+    def demote(self, error: int = 0) -> list[bytes]:
+        demotions = self.manager.plan()
+        for demotion in demotions:
+            self.manager.ack(demotion.id, self.manager.ranks, error)
+        self.manager.check()
+        return [demotion.key for demotion in demotions]
+
+    def tiers(self, blocks: list[bytes]) -> list[Tier | None]:
+        return [self.manager.tier(key) for key in blocks]

@@ -1,0 +1,234 @@
+"""The block manager over several drives: what of theirs it uses when one of them fails, and that it takes it back."""
+
+import errno
+
+from kvoffload.breaker import PAUSE_MIN_S
+from kvoffload.types import NO_SLOT, Tier
+from tests.manager.books import Books, prefix
+
+
+def on_ssd_only(books: Books, name: str, length: int) -> list[bytes]:
+    """Blocks whose DRAM copies others have taken; the SSD's slots 0, 1, 2, ... hold them in this order."""
+    books.store(prefix(name, length))
+    assert books.demote() == prefix(name, length)
+    books.store(prefix("other", length))
+    books.demote()
+    assert books.tiers(prefix(name, length)) == [Tier.SSD] * length
+    return prefix(name, length)
+
+
+def load(books: Books, blocks: list[bytes], error: int = 0) -> list[Tier | None]:
+    """Looks the blocks up and loads those that are found in one request; all fail with `error`."""
+    found = [books.manager.lookup(key) for key in blocks]
+    held = [key for key, tier in zip(blocks, found, strict=True) if tier is not None]
+    books.manager.load(held, "r")
+    books.manager.end_step()
+    books.manager.load_done(held, "r", dict.fromkeys(held, error) if error else {})
+    books.manager.check()
+    return found
+
+
+def test_blocks_are_striped_over_drives_from_the_front_of_each():
+    books = Books(dram=12, ssd=24, drives=3)
+    books.store(prefix("a", 6))
+    assert [demotion.ssd_slot for demotion in books.manager.plan()] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_late_load_makes_misses_of_its_drives_blocks_only_and_keeps_them():
+    books = Books(dram=4, ssd=16, drives=2)
+    blocks = on_ssd_only(books, "a", 4)
+    load(books, blocks[1:2], errno.ETIMEDOUT)
+    assert books.tiers(blocks) == [Tier.SSD, None, Tier.SSD, None]
+    assert set(blocks) <= set(books.journal.blocks)
+
+
+def test_the_first_block_asked_for_is_a_drives_trial_and_brings_the_rest_back():
+    books = Books(dram=4, ssd=16, drives=2)
+    blocks = on_ssd_only(books, "a", 4)
+    load(books, blocks[1:2], errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    assert load(books, blocks) == [Tier.SSD, Tier.SSD, Tier.SSD, None]
+    assert books.tiers(blocks[3:]) == [Tier.SSD]
+
+
+def test_a_trial_that_was_promised_and_not_taken_is_free_again_in_the_next_step():
+    books = Books(dram=4, ssd=8)
+    blocks = on_ssd_only(books, "a", 4)
+    load(books, blocks[:1], errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    assert [books.manager.lookup(key) for key in blocks] == [Tier.SSD, None, None, None]
+    books.manager.end_step()
+    assert [books.manager.lookup(key) for key in reversed(blocks)] == [Tier.SSD, None, None, None]
+
+
+def test_a_trial_takes_no_dram_slot_which_a_drive_that_still_hangs_would_keep():
+    books = Books(dram=4, ssd=8)
+    blocks = on_ssd_only(books, "a", 4)
+    load(books, blocks[:1], errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    (place,) = books.manager.load(blocks[1:2], "r")
+    assert place.dram_slot == NO_SLOT and place.ssd_slot != NO_SLOT
+
+
+def test_a_full_drive_takes_no_blocks_and_gives_those_it_has():
+    books = Books(dram=4, ssd=16, drives=2)
+    blocks = on_ssd_only(books, "a", 4)
+    books.store(prefix("b", 4))
+    demotions = books.manager.plan()
+    assert [demotion.ssd_slot % 2 for demotion in demotions] == [0, 1, 0, 1]
+    for demotion in demotions:
+        books.manager.ack(demotion.id, 1, errno.ENOSPC if demotion.ssd_slot % 2 else 0)
+    assert [demotion.ssd_slot % 2 for demotion in books.manager.plan()] == [0, 0], "they go to the other drive"
+    assert load(books, blocks) == [Tier.SSD] * 4
+
+
+def test_one_drive_that_hangs_does_not_hold_all_demotions():
+    books = Books(dram=8, ssd=64, drives=2)
+    for name in "abcd":
+        books.store(prefix(name, 8))
+        for demotion in books.manager.plan():
+            if demotion.ssd_slot % 2 == 0:
+                books.manager.ack(demotion.id, 1)
+        books.manager.check()
+    assert books.manager.counters["kvoffload_demotions_total",] >= 10
+    assert len(list(books.manager._demotions.blocks())) == 4
+
+
+def test_a_block_whose_drive_is_left_alone_is_stored_again_for_another():
+    books = Books(dram=4, ssd=16, drives=2)
+    blocks = on_ssd_only(books, "a", 4)
+    assert books.store(blocks) == []
+    load(books, blocks[1:2], errno.ETIMEDOUT)
+    assert books.store(blocks) == [blocks[1], blocks[3]]
+    assert books.demote() == [blocks[1], blocks[3]]
+    assert books.tiers(blocks) == [Tier.SSD, Tier.DRAM, Tier.SSD, Tier.DRAM]
+    assert all(books.journal.blocks[key][0] % 2 == 0 for key in blocks)
+
+
+def test_dram_that_a_late_load_may_still_fill_is_not_given_away_until_the_drive_answers():
+    books = Books(dram=4, ssd=8)
+    blocks = on_ssd_only(books, "a", 4)
+    (place,) = books.manager.load(blocks[:1], "r")
+    books.manager.load_done(blocks[:1], "r", {blocks[0]: errno.ETIMEDOUT})
+    books.manager.check()
+    placed = books.manager.store([(key, 0) for key in prefix("b", 4)]).placements
+    assert len(placed) == 3 and place.dram_slot not in [other.dram_slot for other in placed]
+    books.now += PAUSE_MIN_S
+    assert load(books, blocks[1:2]) == [Tier.SSD]
+    (again,) = books.manager.store([(b"b3", 0)]).placements
+    assert again.dram_slot == place.dram_slot
+
+
+def test_a_drive_that_hangs_for_good_holds_no_more_dram_than_at_first():
+    books = Books(dram=4, ssd=32, drives=2)
+    books.store(prefix("a", 2))
+    for demotion in books.manager.plan():
+        books.manager.ack(demotion.id, 1, errno.ETIMEDOUT if demotion.ssd_slot % 2 else 0)
+    for number in range(50):
+        books.now += 60.0
+        books.store(prefix(f"b{number}.", 2))
+        for demotion in books.manager.plan():
+            books.manager.ack(demotion.id, 1, errno.ETIMEDOUT if demotion.ssd_slot % 2 else 0)
+        books.manager.check()
+        books.manager.end_step()
+    assert books.manager.tiers(b"a1") == [Tier.DRAM], "its demotion is late, and it can be loaded"
+    assert len(books.store(prefix("c", 3))) == 3
+
+
+def test_a_late_block_that_arrives_while_its_drive_is_left_alone_for_another_reason_is_no_longer_late():
+    """It was once demoted a second time, and the slot it had was lost."""
+    books = Books(dram=4, ssd=16)
+    blocks = on_ssd_only(books, "a", 4)
+    books.store(prefix("late", 1))
+    assert books.demote(errno.ETIMEDOUT) == [b"late0"]
+    books.now += PAUSE_MIN_S
+    (trial,) = books.manager.plan()
+    load(books, blocks[:1], errno.ETIMEDOUT)
+    books.manager.ack(trial.id, 1)
+    books.manager.check()
+    assert books.manager.tiers(b"late0") == [Tier.DRAM] and b"late0" in books.journal.blocks
+    books.now += 2 * PAUSE_MIN_S
+    books.store(prefix("b", 2))
+    assert books.demote() == [b"b0"]
+
+
+def test_an_idle_engine_is_not_kept_awake_by_a_drive_that_hangs():
+    books = Books(dram=4, ssd=8)
+    books.store(prefix("a", 4))
+    books.manager.plan()
+    assert books.manager.pending()
+    books.now += 5.0
+    assert not books.manager.pending()
+
+
+def test_bounced_blocks_go_to_another_drive_when_one_fails():
+    books = Books(dram=4, ssd=16, drives=2, tier=False)
+    books.store(prefix("a", 2))
+    for demotion in books.manager.plan():
+        books.manager.ack(demotion.id, 1, errno.EIO if demotion.ssd_slot % 2 else 0)
+    books.demote()
+    assert books.tiers(prefix("a", 2)) == [Tier.SSD] * 2
+    assert all(slot % 2 == 0 for slot, _, _ in books.journal.blocks.values())
+
+
+def test_bounced_blocks_are_forgotten_when_no_drive_is_left():
+    books = Books(dram=4, ssd=16, tier=False)
+    books.store(prefix("a", 2))
+    books.demote(errno.EIO)
+    assert books.store(prefix("b", 2)) == []
+    assert books.manager.usage()[Tier.DRAM] == (0, 4)
+    books.now += PAUSE_MIN_S
+    assert books.store(prefix("b", 2)) == prefix("b", 2)
+    assert books.demote() == prefix("b", 1), "the trial"
+    assert books.demote() == [b"b1"]
+
+
+def test_a_bounced_block_whose_demotion_is_late_is_stored_again():
+    """It cannot be loaded, so it would be a hole in every prompt that holds it."""
+    books = Books(dram=4, ssd=16, drives=2, tier=False)
+    books.store(prefix("a", 2))
+    for demotion in books.manager.plan():
+        books.manager.ack(demotion.id, 1, errno.ETIMEDOUT if demotion.ssd_slot % 2 else 0)
+    assert books.tiers(prefix("a", 2)) == [Tier.SSD, None]
+    assert books.store(prefix("a", 2)) == [b"a1"]
+    assert books.demote()
+    assert books.tiers(prefix("a", 2)) == [Tier.SSD] * 2
+
+
+def test_bounced_blocks_of_a_drive_that_answers_again_are_written():
+    books = Books(dram=4, ssd=16, tier=False)
+    books.store(prefix("a", 2))
+    books.demote(errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    assert books.demote() == [b"a0"], "the trial"
+    assert books.demote() == [b"a1"]
+    assert books.tiers(prefix("a", 2)) == [Tier.SSD] * 2
+
+
+def test_loads_that_a_reset_made_void_do_not_count_as_in_flight():
+    books = Books(dram=4, ssd=8)
+    books.manager.load(on_ssd_only(books, "a", 4)[:1], "r")
+    books.manager.reset()
+    books.manager.check()
+    assert [drive.loads for drive in books.manager._drives] == [0]
+
+
+def test_a_drive_too_small_for_a_slot_is_not_waited_for():
+    books = Books(dram=4, ssd=1, drives=2)
+    books.store(prefix("a", 2))
+    for demotion in books.manager.plan():
+        books.manager.ack(demotion.id, 1, errno.EROFS)
+    books.now += PAUSE_MIN_S
+    for demotion in books.manager.plan():
+        books.manager.ack(demotion.id, 1, errno.EROFS)
+    assert not books.manager.pending()
+
+
+def test_a_bounced_block_that_failed_as_one_drives_trial_is_the_next_ones():
+    books = Books(dram=4, ssd=16, drives=2, tier=False)
+    books.store(prefix("a", 2))
+    books.demote(errno.EIO)
+    books.now += PAUSE_MIN_S
+    assert books.demote(errno.EIO) == [b"a0"]
+    assert books.demote() == [b"a0"]
+    assert books.tiers([b"a0"]) == [Tier.SSD]
