@@ -254,9 +254,7 @@ class Worker:
             batch = batches[0]
             left_s = batch.deadline - time.monotonic()
             if left_s <= 0:
-                batches.popleft()
-                for number in batch.ops["id"].tolist():
-                    self._complete(number, errno.ECANCELED, 0.0)  # never tried, which says nothing about the drive
+                self._give_up(batches, errno.ECANCELED)  # never tried, which says nothing about the drive
                 continue
             offered = batch.ops[: max(0, LOAD_OPS_MAX - self._load_ops)] if loads else batch.ops
             if len(offered) and offered["flags"][-1] == OpFlag.LINK:
@@ -264,13 +262,23 @@ class Worker:
             if not len(offered):
                 return
             offered["timeout_us"] = int(left_s * 1e6) or 1
-            accepted = self._engine.submit(offered, self._current_stream())
+            try:
+                accepted = self._engine.submit(offered, self._current_stream())
+            except ValueError as error:  # our mistake, or vLLM's: a failed batch, offered once, rather than a dead engine
+                logger.error("kvoffload: rank %d: the engine refuses %d operations: %s", self._rank, len(batch.ops), error)
+                self._give_up(batches, errno.EINVAL)
+                continue
             self._load_ops += accepted if loads else 0
             batch.ops = batch.ops[accepted:]
             if not len(batch.ops):
                 batches.popleft()
             elif accepted < len(offered):
                 return
+
+    def _give_up(self, batches: deque[Batch], error: int) -> None:
+        """Ends the first batch: what is left of it fails."""
+        for number in batches.popleft().ops["id"].tolist():
+            self._complete(number, error, 0.0)
 
     def _complete(self, number: int, error: int, seconds: float) -> None:
         pending = self._pending.pop(number)

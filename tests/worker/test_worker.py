@@ -220,6 +220,19 @@ def test_of_several_ranks_words_on_a_demotion_lateness_stays():
         assert report.demoted == {1: 2} and report.failed_demotions == {1: errno.ETIMEDOUT}
 
 
+def test_operations_the_engine_refuses_fail_and_those_behind_them_are_carried_out(rig):
+    """A refusal used to leave the batch at the head of its queue, and every later step of vLLM raised."""
+    contents = rig.fill(seed=1)
+    beyond = 99  # there are 16 DRAM slots
+    assert rig.run("store", block_list(2, [0, beyond], [NO_SLOT] * 2, [0, 1])) == {key(0): errno.EINVAL, key(1): errno.EINVAL}
+    assert rig.run("store", block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1])) == {}
+    rig.worker.apply(TransferPlan(demotions=(Demotion(5, key(0), 0, 7, beyond, 0),)))
+    assert rig.worker.take_report().failed_demotions == {5: errno.EINVAL}
+    assert rig.run("load", block_list(1, [beyond], [NO_SLOT], [7])) == {key(0): errno.EINVAL}
+    assert rig.run("load", block_list(1, [0], [NO_SLOT], [7])) == {}
+    assert rig.content(7) == contents[0]
+
+
 def test_a_load_of_any_size_leaves_room_for_stores(monkeypatch):
     monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 8)
     engine = DeafEngine(room=10)
