@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 ERRORS_MAX = 3  # failed reads in a row that are the drive's fault; of fewer each is its sector's
 DAMAGED_MAX = 64  # the same of reads that brought wrong bytes: each says little about anything but its block
 QUIET_S = 5.0  # without an answer to its demotions, after which an idle engine no longer waits for a drive
+FULL_S = 60.0  # before a full drive is asked for room once more
 NOT_ASKED = (errno.ECANCELED, errno.EREMOTEIO)  # the drive was not asked, or the GPU failed
 
 
@@ -29,7 +30,7 @@ class Drive:
     """One nvme path: its slots, and what it is known of it now."""
 
     def __init__(self, number: int, name: str, slots: range, clock: Callable[[], float]):
-        self.number, self.name = number, name
+        self.number, self.name, self._clock = number, name, clock
         self.pool = SlotPool(slots)
         self.evictable: EvictionPolicy = LRU()
         self.reads, self.writes = Breaker(clock), Breaker(clock)
@@ -37,6 +38,7 @@ class Drive:
         self.trial: BlockKey | None = None  # what a lookup of this step promised while reads are half-open
         self.heard_at = 0.0  # when a demotion ended, or the first began
         self.errors = self.damaged = 0  # since the last good read
+        self.full_until = 0.0
         # DRAM slots that late operations may still use, so that they must not be filled again until the drive answers another:
         # the engine would need spare memory for each, and has little.
         self.late_blocks: list[Block] = []  # of blocks whose demotion was late
@@ -46,6 +48,10 @@ class Drive:
     def owes(self) -> bool:
         """Whether late operations on it may still use memory of ours."""
         return bool(self.late_blocks or self.late_slots)
+
+    def take_slot(self) -> int | None:
+        """A free slot. On a full drive one that held a block before: it has room for these, and younger blocks are worth it."""
+        return self.pool.take(used_before=self._clock() < self.full_until)
 
     def may_read(self, key: BlockKey) -> bool:
         """Half-open, it is one block at a time: the first that is asked for."""
@@ -141,6 +147,8 @@ class Drives:
         drive.heard_at = self._clock()
         if error == errno.EBADMSG or error in NOT_ASKED or not drive.writes.counts:
             return False
+        if error == errno.ENOSPC:
+            drive.full_until = self._clock() + FULL_S
         if error:
             self._open(drive, "write", error)
         elif not drive.writes.closed:

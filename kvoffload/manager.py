@@ -465,13 +465,13 @@ class BlockManager:
         """A free slot of the first of `drives` that has one, else one of theirs by eviction; NO_SLOT if everything there is in
         use or promised."""
         for drive in drives:
-            slot = drive.pool.take()
+            slot = drive.take_slot()
             if slot is not None:
                 return slot
         victims = (drive.evictable.victim(self._promised) for drive in drives)
         key = next((key for key in victims if key is not None), None)
-        if key is None:
-            return NO_SLOT
+        if key is None:  # a full drive that has nothing of ours to give up may have room by now
+            return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
         block = self._blocks[key]
         slot = block.ssd_slot
         block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT

@@ -17,10 +17,12 @@ class SlotPool:
         self._returned: list[int] = []  # heap of slots given back
         self._last: deque[int] = deque()
 
-    def take(self) -> int | None:
-        """A free slot, or None when all are taken."""
+    def take(self, used_before: bool = False) -> int | None:
+        """A free slot, or None when all are taken; with `used_before` only one that was handed out and given back."""
         if self._returned:
             return heapq.heappop(self._returned)
+        if used_before:
+            return None
         if self._untouched < self.count:
             self._untouched += 1
             return self._slots[self._untouched - 1]

@@ -3,6 +3,7 @@
 import errno
 
 from kvoffload.breaker import PAUSE_MIN_S
+from kvoffload.drives import FULL_S
 from kvoffload.types import NO_SLOT, Tier
 from tests.manager.books import Books, prefix
 
@@ -68,6 +69,28 @@ def test_a_trial_takes_no_dram_slot_which_a_drive_that_still_hangs_would_keep():
     books.now += PAUSE_MIN_S
     (place,) = books.manager.load(blocks[1:2], "r")
     assert place.dram_slot == NO_SLOT and place.ssd_slot != NO_SLOT
+
+
+def demote_one(books: Books, name: str, error: int = 0) -> int:
+    """Stores a block and ends its demotion; returns its SSD slot."""
+    books.store(prefix(name, 1))
+    (demotion,) = books.manager.plan()
+    books.manager.ack(demotion.id, 1, error)
+    books.manager.check()
+    return demotion.ssd_slot
+
+
+def test_a_full_drive_gives_the_slots_it_has_to_younger_blocks_and_is_asked_for_room_again_later():
+    books = Books(dram=4, ssd=16)
+    assert [demote_one(books, name) for name in "abcd"] == [0, 1, 2, 3]
+    assert demote_one(books, "e", errno.ENOSPC) == 4
+    books.now += PAUSE_MIN_S
+    (again,) = books.manager.plan()
+    assert again.ssd_slot == 0, "the oldest block's"
+    books.manager.ack(again.id, 1)
+    assert demote_one(books, "f") == 1
+    books.now += FULL_S
+    assert demote_one(books, "g") == 5, "room that the drive may have by now"
 
 
 def test_a_full_drive_takes_no_blocks_and_gives_those_it_has():
