@@ -164,8 +164,9 @@ def test_a_load_ends_at_its_deadline_and_not_when_the_drive_answers(world):
 def test_a_copy_in_that_has_begun_is_waited_for(world):
     assert run_one(world.engine, copy_out(1, 0)) == 0
     world.faults.copy_in.script("stall")
-    assert world.engine.submit(copy_in(1, 0, kv_block=8, timeout_us=1000)) == 1
-    assert not world.engine.wait(TIMEOUT_US / 1e6)
+    assert world.engine.submit(copy_in(1, 0, kv_block=8, timeout_us=TIMEOUT_US)) == 1
+    wait_until(lambda: world.faults.copy_in.waiting == 1)
+    assert not world.engine.wait(2 * TIMEOUT_US / 1e6)
     world.faults.release()
     assert world.completes() == [0]
     assert world.kv.block(8) == world.kv.block(1)
