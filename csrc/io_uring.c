@@ -26,10 +26,7 @@ kvo_drives *kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, uint32_
 
 #define WORK_AT_ONCE (512u << 10) /* bytes of work in one visit, so that neither drives nor callers wait long */
 #define RETRY_US 1000u            /* when the kernel refuses, for lack of memory mostly */
-
-#ifndef KVO_TRANSFER_BYTES
-#define KVO_TRANSFER_BYTES (1u << 30) /* the kernel's counts are 32 bits wide; tests have smaller ones */
-#endif
+#define TRANSFER_BYTES (1u << 30) /* the kernel's counts are 32 bits wide */
 
 typedef struct {
     kvo_drives face;
@@ -67,7 +64,7 @@ static void prepare(uring *self) {
         }
         uint8_t *at = io->buffer + io->done;
         uint64_t left = io->bytes - io->done, offset = io->offset + io->done;
-        unsigned length = left < KVO_TRANSFER_BYTES ? (unsigned)left : KVO_TRANSFER_BYTES;
+        unsigned length = left < TRANSFER_BYTES ? (unsigned)left : TRANSFER_BYTES;
         if (io->kind == KVO_IO_READ) io_uring_prep_read(sqe, io->fd, at, length, offset);
         else io_uring_prep_write(sqe, io->fd, at, length, offset);
         io_uring_sqe_set_data(sqe, io);

@@ -1,5 +1,5 @@
-"""The pump between callers and drives: no wake-up is lost, nobody starves, what is sealed ahead is right, and io_uring goes
-on where a transfer was short. Each search prints its seed."""
+"""The pump between callers and drives: no wake-up is lost, nobody starves, and what is sealed ahead is right. Each search
+prints its seed."""
 
 import fcntl
 import os
@@ -7,7 +7,6 @@ import random
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,8 @@ import pytest
 
 from kvoffload.engine import Engine
 from kvoffload.types import EngineOptions, Region
-from tests.engine.fake_cuda import compile_shared
 from tests.engine.world import (
     C_ENGINES,
-    NEEDS_IO_URING,
     TIMEDOUT,
     copy_out,
     load,
@@ -195,38 +192,6 @@ def test_what_is_sealed_ahead_of_its_turn_is_right_and_locks_no_slot_when_its_ti
                 on_ssd[dram] = block, generation_then
                 assert run_one(engine, write(block, dram, dram, generation=generation_then)) == 0, "no slot is stuck"
     assert timed_out > 0
-
-
-@pytest.fixture(scope="module")
-def core_of_short_transfers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine, as if io_uring never moved more than a page at once."""
-    arguments = (
-        *("-std=gnu11", "-DKVO_HAVE_LIBURING=1", "-DKVO_TRANSFER_BYTES=4096", "-DPy_LIMITED_API=0x030B0000"),
-        *(f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'build' / 'include'}"),
-        *sorted((ROOT / "csrc").glob("*.c")),
-        *("-luring", "-ldl"),
-    )
-    return compile_shared(tmp_path_factory.mktemp("core") / "core.so", *arguments)
-
-
-@NEEDS_IO_URING
-def test_io_uring_goes_on_where_a_transfer_was_short(core_of_short_transfers, tmp_path, chance):
-    program = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("kvoffload.engine._core", {str(core_of_short_transfers)!r})
-sys.modules[spec.name] = core = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(core)
-from tests.engine.test_pump import *
-payload = 40_000
-store = Store("io_uring", payload, 16)
-with store.engine as engine:
-    engine.attach(make_files(Path({str(tmp_path)!r}), 2, payload_bytes=payload))
-    store.has_stored(8)
-    original = store.kv.copy()
-    assert set(run(engine, *(load(n, n, 8 + n) for n in range(8))).values()) == {{0}}
-    assert (store.kv[8:] == original[:8]).all()
-"""
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
 @c_engine
