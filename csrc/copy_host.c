@@ -44,7 +44,10 @@ static void *work(void *argument) {
         job->result = 0;
         pthread_mutex_lock(&copier->lock);
         kvo_copy_queue_add(&copier->done, job);
+        /* Without the lock: who wakes another is often made to wait itself, and the pump would wait for the lock then. */
+        pthread_mutex_unlock(&copier->lock);
         eventfd_write(copier->kick_fd, 1);
+        pthread_mutex_lock(&copier->lock);
     }
     pthread_mutex_unlock(&copier->lock);
     return NULL;

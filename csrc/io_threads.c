@@ -78,7 +78,11 @@ static void *run(void *argument) {
         pthread_mutex_lock(&pool->lock);
         bool first = pool->done.first == NULL;
         append(&pool->done, io);
-        if (first) eventfd_write(pool->kick_fd, 1);
+        if (!first) continue;
+        /* Without the lock: who wakes another is often made to wait itself, and the pump would wait for the lock then. */
+        pthread_mutex_unlock(&pool->lock);
+        eventfd_write(pool->kick_fd, 1);
+        pthread_mutex_lock(&pool->lock);
     }
     pthread_mutex_unlock(&pool->lock);
     return NULL;
