@@ -1,6 +1,7 @@
 """The command line that the tortures share, and how the tests run their short modes."""
 
 import argparse
+import logging
 import random
 import re
 import shutil
@@ -23,6 +24,7 @@ def run(title: str, unit: str, torture: Callable[[int, int, Path], Counter[str]]
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--folder", type=Path, help="below which to work; the one for temporary files by default")
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # what the store says of damage is expected here, thousands of times
     print(f"{title}: --seed {arguments.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="kvoffload-torture-", dir=arguments.folder))
     try:

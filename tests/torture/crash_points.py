@@ -24,7 +24,7 @@ from pathlib import Path
 from kvoffload.store import Entry
 from tests.torture.children import Failed, LastWords, in_child
 from tests.torture.command import run
-from tests.torture.deployment import Deployment, Shape
+from tests.torture.deployment import SLOTS_LEAST, SLOTS_MOST, Deployment, Shape
 from tests.torture.examine import Examined, assert_within_cap, examine
 from tests.torture.haste import sync_nothing, write_often
 from tests.torture.notes import OPEN, RUNNING, Notes, prefix_that_gives
@@ -50,7 +50,7 @@ class Chain:
     def one_life(self) -> None:
         shape, rng = self.shape, self.rng
         if self.entries and rng.random() < 0.2:
-            shape = shape._replace(slots=rng.randint(10, 30))
+            shape = shape._replace(slots=rng.choice((SLOTS_LEAST, rng.randint(SLOTS_LEAST, SLOTS_MOST))))
         resume = rng.random() < 0.95
         expected = [entry for entry in self.entries if resume and entry.slot < shape.slots]
         notes = Notes()

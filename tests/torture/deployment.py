@@ -29,6 +29,7 @@ GROUP_BYTES = (6000, 2500)  # of a block on one rank; of no size that a drive li
 PAYLOAD_BYTES = max(GROUP_BYTES)
 KV_BLOCKS = 48
 KEYS = 70
+SLOTS_LEAST, SLOTS_MOST = 8, 44
 RUN_MAX = 6  # blocks of one request
 # A machine that is busy, or a drive that is, says nothing about the block.
 EXCUSES = (errno.ETIMEDOUT, errno.ECANCELED)
@@ -47,7 +48,7 @@ class Shape(NamedTuple):
         paths = tuple(folder / name for name in ("a", "b")[: rng.randint(1, 2)])
         for path in paths:
             path.mkdir(parents=True)
-        return cls(paths, rng.randint(10, 30), rng.randint(6, 14), rng.random() < 0.7)
+        return cls(paths, rng.randint(SLOTS_LEAST, SLOTS_MOST), rng.randint(6, 14), rng.random() < 0.7)
 
     @property
     def cap_bytes(self) -> int:

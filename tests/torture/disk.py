@@ -20,7 +20,10 @@ SECTOR = 512
 VERSIONS_MAX = 8  # kept of one file or directory
 CHANGES = ("open", "write", "pwrite", "ftruncate", "rename", "unlink", "mkdir", "rmdir")
 SYNCS = ("fsync", "fdatasync")
-WAYS = {"newest": 6, "oldest": 1, "nearly newest": 3, "sectors": 1, "runs": 1}  # to draw sectors, and how often
+SMALL = 64  # sectors; such files are torn more often, or of the large ones nothing would be left whole
+# Ways to draw sectors, and how often.
+WAYS = {"newest": 6, "oldest": 1, "nearly newest": 3, "sectors": 1, "runs": 1}
+WAYS_OF_SMALL = {"newest": 1, "oldest": 1, "sectors": 3}
 DIRECTORY = -1
 
 
@@ -134,7 +137,8 @@ class Disk:
         pages = [np.frombuffer(each[:size].ljust(-(-size // SECTOR) * SECTOR, b"\0"), np.uint8) for each in versions]
         sectors = np.stack(pages).reshape(len(versions), -1, SECTOR)
         count = sectors.shape[1]
-        (way,) = rng.choices(list(WAYS), list(WAYS.values()))
+        ways = WAYS_OF_SMALL if count <= SMALL else WAYS
+        (way,) = rng.choices(list(ways), list(ways.values()))
         if way in ("newest", "oldest"):
             chosen = [0 if way == "oldest" else -1] * count
         elif way == "nearly newest":
