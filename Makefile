@@ -19,13 +19,13 @@ demo: setup ## serve a small model with vLLM + kvoffload; show what each tier sa
 
 # Two processes: an engine's start is one core's work for half a minute, and most of the time of the whole.
 test: setup ## every test, a real vLLM included (up to 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python tools/run_tests.py -n 2 --dist loadfile $(ARGS)
 
 fast: setup ## the tests that start no vLLM
-	@$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+	@$(BIN)/python tools/run_tests.py -m "not e2e" $(ARGS)
 
 e2e: setup ## the tests on a real vLLM only
-	@$(BIN)/python -m pytest -m e2e $(ARGS)
+	@$(BIN)/python tools/run_tests.py -m e2e $(ARGS)
 
 soak: setup ## ten minutes of real vLLMs on one path: caps kept, nothing grows, answers stay the same
 	@$(BIN)/python -m tests.torture.soak $(ARGS)

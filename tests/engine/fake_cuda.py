@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from tests.engine.world import KVCache
+from tests.sanitizers import FLAGS
 
 
 def compile_shared(library: Path, *arguments: object) -> Path:
-    command = ["cc", "-shared", "-fPIC", "-O1", "-g", "-pthread", "-o", library, *arguments]
+    command = ["cc", "-shared", "-fPIC", "-O1", "-g", "-pthread", *FLAGS, "-o", library, *arguments]
     subprocess.run([str(word) for word in command], check=True)
     return library
 

@@ -19,6 +19,7 @@ from typing import Self
 from unittest import mock
 
 import kvoffload.engine
+from tests import sanitizers
 from tests.engine.world import FOREVER_US
 
 ROOT = Path(__file__).parents[2]

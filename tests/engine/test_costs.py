@@ -11,6 +11,7 @@ import pytest
 from kvoffload.engine import Engine
 from kvoffload.types import EngineOptions, Region
 from tests.engine.world import C_ENGINES, KVCache, copy_out, make_files, open_engine, run, run_one
+from tests.sanitizers import not_with_sanitizers
 
 MIB = 2**20
 
@@ -29,6 +30,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@not_with_sanitizers
 def test_memory_is_the_arena_and_little_more() -> None:
     payload, slots = 2 * MIB - 4096, 128
     memory = np.ones((1, payload), np.uint8)

@@ -1,0 +1,76 @@
+"""Run pytest on the engine as it was built: `python tools/run_tests.py <arguments for pytest>`. Run by `make`.
+
+A build with KVO_SANITIZE=address or thread (setup.py) needs its sanitiser's runtime loaded before Python, and options;
+they are set here. Without the variable this is pytest and nothing else.
+"""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINE = ROOT / "kvoffload" / "engine"
+RUNTIMES = {"address": "libasan", "thread": "libtsan"}
+OPTIONS = {
+    # Leaks are looked for by a test of its own (tests/engine/test_leaks.py): Python itself leaves memory behind.
+    # The order of libraries is not verified because the fault tests put one before the sanitiser's.
+    "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=1:strict_string_checks=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    # What numpy and Python do in code that was not compiled for it is not looked at: it would see half of their locks.
+    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1",
+}
+TSAN_RANDOM_BITS = 28  # of an address; runtimes of GCC before 14 die at start-up where there are more
+KEEP_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of personality(2)
+WITHOUT_VLLM = ("-m", "not e2e")
+
+
+def say(message: str) -> None:
+    print(f"sanitiser: {message}", flush=True)
+
+
+def runtime(name: str) -> str:
+    """The library that the engine was linked to, which is the one to load; a second copy of it would not work."""
+    (engine,) = ENGINE.glob("_core*.so")
+    listed = subprocess.run(["ldd", str(engine)], capture_output=True, text=True, check=True).stdout
+    found = re.search(rf"{RUNTIMES[name]}\S* => (\S+)", listed)
+    if found is None:
+        sys.exit(f"{engine.name} is not linked to {RUNTIMES[name]}: build it with GCC, by KVO_SANITIZE={name} make setup")
+    return found[1]
+
+
+def keep_addresses() -> None:
+    """From the next exec on, for runtimes that know only some layouts of memory."""
+    bits = int(Path("/proc/sys/vm/mmap_rnd_bits").read_text())
+    if bits <= TSAN_RANDOM_BITS:
+        return
+    libc = ctypes.CDLL(None)
+    if libc.personality(libc.personality(0xFFFFFFFF) | KEEP_ADDRESSES) == -1:
+        say(f"addresses have {bits} random bits and cannot be kept here: if tests die at once, sysctl vm.mmap_rnd_bits=28")
+
+
+def prepare(name: str, environment: dict[str, str]) -> list[str]:
+    """Sets the variables that tests under sanitiser `name` need; returns arguments for pytest."""
+    if name not in RUNTIMES:
+        sys.exit(f"KVO_SANITIZE is {name!r}: set it to {' or '.join(RUNTIMES)}")
+    environment["LD_PRELOAD"] = " ".join(filter(None, (runtime(name), environment.get("LD_PRELOAD"))))
+    for variable, options in OPTIONS.items():
+        environment[variable] = ":".join(filter(None, (options, environment.get(variable))))  # of two, the last counts
+    if name == "thread":
+        keep_addresses()
+    say(f"every test runs under {RUNTIMES[name]}, but those that start a vLLM (tests/e2e): they are left out")
+    return [*WITHOUT_VLLM]
+
+
+def main() -> None:
+    environment = dict(os.environ)
+    name = environment.get("KVO_SANITIZE", "")
+    arguments = prepare(name, environment) if name else []
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "pytest", *arguments, *sys.argv[1:]], environment)
+
+
+if __name__ == "__main__":
+    main()
