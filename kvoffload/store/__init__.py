@@ -12,15 +12,13 @@ from typing import NamedTuple, Self
 from ..config import Config
 from ..types import BlockKey, SlotFiles
 from .digests import Digests
-from .journal import Entry, Kind, Record
+from .journal import EPOCH_SHIFT, Entry, Kind, Record
 from .namespace import OWN_DIRECTORIES, Identity
 from .opening import CLOSE_SECONDS, Opened, open_namespace
 
 __all__ = ["Digests", "Entry", "Identity", "Store", "StoreStats"]
 
 logger = logging.getLogger(__name__)
-
-_EPOCH_SHIFT = 40  # generations of one epoch; more than can be written in a process's life
 
 
 class StoreStats(NamedTuple):
@@ -44,7 +42,7 @@ class Store:
         """Not to be called directly: see `open`."""
         self._opened = opened
         self._writer = opened.writer
-        self._generation = opened.epoch << _EPOCH_SHIFT
+        self._generation = opened.epoch << EPOCH_SHIFT
         self._closed = False
 
     @classmethod

@@ -38,6 +38,8 @@ _RECORD_DTYPE = np.dtype(
         ("checksum", "<u8"),
     ]
 )
+EPOCH_SHIFT = 40  # a generation is an epoch and below it a count; more than can be written in a process's life
+EPOCH_END = 1 << (64 - EPOCH_SHIFT)
 CHUNK_RECORDS = 512  # encoded between two writes; a write lets other threads run
 _FLOOR_BYTES = 64 * 1024  # a small journal is not worth compacting
 _TAIL_BYTES = 64 * 1024  # what a power loss may leave behind a journal's end; anything longer is no journal's tail
@@ -175,6 +177,8 @@ def decode_header(data: bytes, fingerprint: bytes, path: str) -> int:
         raise StoreError(f"journal {path} has format {version}, which this kvoffload does not know: {REMEDY}")
     if found != fingerprint:
         raise StoreError(f"journal {path} belongs to another namespace: {REMEDY}")
+    if epoch + 1 >= EPOCH_END:
+        raise StoreError(f"journal {path} is damaged (no start can follow its epoch {epoch}): {REMEDY}")
     return int(epoch)
 
 
@@ -219,6 +223,7 @@ def _good_records(body: bytes) -> np.ndarray:
         & (records["kind"] >= _PUT)
         & (records["kind"] <= _CLEAR)
         & (records["key_len"] <= KEY_BYTES_MAX)
+        & ((records["key_len"] > 0) | (records["kind"] == _CLEAR))
     )
 
 

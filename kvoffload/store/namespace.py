@@ -28,6 +28,7 @@ LOCK = "lock"
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES_MAX = 1 << 20
 _REASON_MAX = 120
+_BYTES_MAX = 1 << 63  # no file system holds more
 _NAMESPACE_PATTERN = re.compile(r"[0-9a-f]{32}")
 ROOT_LOCK_SECONDS = 60.0
 NAMESPACE_LOCK_SECONDS = 5.0
@@ -270,6 +271,14 @@ def remove(root: Directory, directory: Directory) -> None:
     os.rmdir(os.path.basename(directory.path), dir_fd=root.fd)
 
 
+def _number(found: Mapping[str, Any], name: str, end: int) -> int:
+    """The manifest's number `name`; ValueError unless it is in 0 .. end-1, for a longer one cannot even be told about."""
+    number = int(found[name])
+    if not 0 <= number < end:
+        raise ValueError(f"{name} is out of range")
+    return number
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What manifest.json says besides the identity."""
@@ -289,7 +298,7 @@ class Manifest:
         path = os.path.join(directory.path, MANIFEST)
         try:
             found: dict[str, Any] = json.loads(data)
-            version = int(found["format_version"])
+            version = _number(found, "format_version", _BYTES_MAX)
             if version > FORMAT_VERSION:
                 raise StoreError(
                     f"{path} has format {version}, newer than {FORMAT_VERSION}, the newest this kvoffload reads: "
@@ -297,13 +306,11 @@ class Manifest:
                 )
             if found["format"] != "kvoffload" or version != FORMAT_VERSION:
                 raise ValueError("format")
-            if not 0 <= int(found["slot_count"]) < NO_SLOT:
-                raise ValueError("slot_count")
             return cls(
-                path_index=int(found["path_index"]),
+                path_index=_number(found, "path_index", NO_SLOT),
                 paths=tuple(str(each) for each in found["paths"]),
-                slot_count=int(found["slot_count"]),
-                reserved_bytes=int(found["reserved_bytes"]),
+                slot_count=_number(found, "slot_count", NO_SLOT),
+                reserved_bytes=_number(found, "reserved_bytes", _BYTES_MAX),
                 created=str(found["created"]),
             )
         except StoreError:

@@ -213,6 +213,18 @@ def test_a_journal_of_a_format_that_never_was(filled: Path) -> None:
     assert_refused_and_curable(filled, r"journal .*index.journal has format 0, which this kvoffload does not know")
 
 
+@pytest.mark.parametrize("epoch", [2**24 - 1, 2**64 - 1])
+def test_a_journal_after_which_there_are_no_generations_is_refused_before_they_are_given(filled: Path, epoch: int) -> None:
+    rewrite(namespace_of(filled) / "index.journal", 16, struct.pack("<Q", epoch), 56)
+    assert_refused_and_curable(filled, rf"journal .*index.journal is damaged \(no start can follow its epoch {epoch}\)")
+
+
+def test_the_last_epoch_gives_generations(filled: Path) -> None:
+    rewrite(namespace_of(filled) / "index.journal", 16, struct.pack("<Q", 2**24 - 2), 56)
+    with open_store(filled) as store:
+        assert store.next_generation() == ((2**24 - 1) << 40) + 1
+
+
 @pytest.mark.parametrize("length", [0, 1, 63])
 def test_a_journal_shorter_than_its_header(filled: Path, length: int) -> None:
     os.truncate(namespace_of(filled) / "index.journal", length)
@@ -249,6 +261,7 @@ UNREADABLE = [
     "[" * 100_000,
     '{"format_version": Infinity}',
     MANIFEST | {"slot_count": 4294967295},
+    MANIFEST | {"reserved_bytes": -1},
     MANIFEST | {"format_version": 0},
     MANIFEST | {"format": "other"},
 ]
@@ -266,6 +279,14 @@ def test_a_refusal_does_not_repeat_a_whole_manifest(filled: Path, data: bytes) -
     manifest = namespace_of(filled) / "manifest.json"
     manifest.write_bytes(data)
     assert len(refusal(filled)) < len(str(manifest)) + 250
+
+
+@pytest.mark.parametrize("field", ["path_index", "reserved_bytes", "format_version"])
+def test_a_manifest_with_a_number_too_long_to_be_written_is_damaged(filled: Path, field: str) -> None:
+    """Python writes 4300 digits at most: the sentence about such a number could not be made."""
+    text = json.dumps(MANIFEST | {field: 7}).replace(f'"{field}": 7', f'"{field}": {"9" * 4300}')
+    (namespace_of(filled) / "manifest.json").write_text(text)
+    assert_refused_and_curable(filled, rf"manifest.json is damaged \(ValueError: {field} is out of range\)")
 
 
 def test_a_manifest_of_paths_that_cannot_be_encoded_is_no_matter(filled: Path) -> None:

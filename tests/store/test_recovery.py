@@ -102,6 +102,14 @@ def test_a_flip_of_any_byte_costs_that_record_alone(generator: random.Random) ->
         assert index.entries() == states(records[:bad] + records[bad + 1 :])[-1]
 
 
+@pytest.mark.parametrize("kind", [Kind.PUT, Kind.DELETE, Kind.TOUCH])
+def test_a_record_without_a_key_is_bad(kind: Kind) -> None:
+    """Operations of the engine have a key of 1 to 40 bytes."""
+    good = Record(Kind.PUT, b"a", 3, 1)
+    assert journal.replay(encode([Record(kind, b"", 4, 2), good]))[1:] == (2 * RECORD_BYTES, 1)
+    assert [entry.key for entry in journal.replay(encode([Record(kind, b"", 4, 2), good])).index.entries()] == [b"a"]
+
+
 def test_a_tail_with_nothing_valid_in_it_ends_the_journal(generator: random.Random) -> None:
     records = random_records(generator, 20)
     history = states(records)
