@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast e2e torture soak bench bench-gpu lint clean
+.PHONY: help setup demo test fast e2e torture soak fuzz analyze bench bench-gpu lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -35,6 +35,14 @@ torture: setup ## random plans under faults, kills, power losses and damaged byt
 	@$(BIN)/python -m tests.torture.crash_points --kills 1000
 	@$(BIN)/python -m tests.torture.power_loss --images 1000
 	@$(BIN)/python -m tests.torture.byte_flips
+
+fuzz: setup ## every reader of bytes on disk, FUZZ_SECONDS (600) for each of six targets; TARGETS chooses some
+	@$(PYTHON) tools/bootstrap.py fuzz
+	@$(BIN)/python -m tests.fuzz.run $(TARGETS)
+
+analyze: setup ## clang's warnings and static analysers on all C, tests included: any finding is an error
+	@$(PYTHON) tools/bootstrap.py analyze
+	@$(BIN)/python tools/analyze.py
 
 bench: setup ## the benchmarks (15 minutes; the drive's needs fio)
 	@for benchmark in drive loads_first small_costs; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done

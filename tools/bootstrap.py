@@ -1,4 +1,5 @@
 """Make .venv, install the versions that pyproject.toml pins, and build the extension. Run by `make`; safe to run again.
+`bootstrap.py fuzz` and `bootstrap.py analyze` install what `make fuzz` and `make analyze` need beside that.
 
 Uses nothing but the standard library, because it runs before anything is installed. Each step leaves a stamp that
 holds a digest of what the step was made from, so that a second run takes well under a second.
@@ -40,6 +41,8 @@ def run(*command: object, env: dict[str, str] | None = None) -> None:
 
 def succeeds(*command: object) -> bool:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if shutil.which(str(command[0])) is None:
+        return False
     return subprocess.run([str(part) for part in command], **quiet, check=False, cwd=ROOT).returncode == 0
 
 
@@ -96,9 +99,27 @@ def missing_packages() -> list[str]:
     return [package for package, is_present in present.items() if not is_present]
 
 
-def install_system_packages() -> None:
+def missing_tools(purpose: str) -> list[str]:
+    """Packages of programs that only `make fuzz` or `make analyze` need."""
+    present = {"clang": shutil.which("clang") is not None}
+    if purpose == "fuzz":
+        present["libclang-rt-dev"] = has_fuzzer()
+        present["llvm"] = shutil.which("llvm-symbolizer") is not None  # names functions in a finding's trace
+    else:
+        present["clang-tidy"] = shutil.which("clang-tidy") is not None
+    return [package for package, is_present in present.items() if not is_present]
+
+
+def has_fuzzer() -> bool:
+    """Whether clang can link a fuzzer; its libraries may be a package of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.c")
+        source.write_text("int LLVMFuzzerTestOneInput(const char *data, unsigned long size) { return data == 0 && size > 0; }\n")
+        return succeeds("clang", "-fsanitize=fuzzer,address,undefined", source, "-o", Path(folder, "empty"))
+
+
+def install_system_packages(missing: list[str]) -> None:
     """Debian only, and only as root or with a sudo that asks nothing; every failure has a way on, below."""
-    missing = missing_packages()
     if not missing or shutil.which("apt-get") is None:
         return
     if os.geteuid() == 0:
@@ -180,9 +201,22 @@ def build_extension() -> None:
     stamp.write()
 
 
+def install_tools(purpose: str) -> None:
+    install_system_packages(missing_tools(purpose))
+    missing = missing_tools(purpose)
+    if missing:
+        sys.exit(f"make {purpose} needs what Debian calls {' '.join(missing)}: install that")
+    if purpose == "fuzz" and not (stamp := Stamp("fuzz", digest(pins("fuzz"), sys.version))).is_current():
+        pip("install", "-q", *pins("fuzz"))
+        stamp.write()
+
+
 def main() -> None:
+    if sys.argv[1:]:
+        install_tools(sys.argv[1])
+        return
     if not Stamp("system", digest(sys.version)).is_current():
-        install_system_packages()
+        install_system_packages(missing_packages())
     make_venv()
     Stamp("system", digest(sys.version)).write()
     install_pins()
