@@ -7,6 +7,7 @@ they are set here. Without the variable this is pytest and nothing else.
 import ctypes
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ OPTIONS = {
     # What numpy and Python do in code that was not compiled for it is not looked at: it would see half of their locks.
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1",
 }
+REPORTS = ROOT / "build" / "sanitizer"  # a process that dies leaves its report here: pytest keeps what it printed to itself
 TSAN_RANDOM_BITS = 28  # of an address; runtimes of GCC before 14 die at start-up where there are more
 KEEP_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of personality(2)
 BESIDE = "libstdc++.so.6"  # a runtime finds what it stands before at its start, and torch throws C++ exceptions
@@ -62,8 +64,11 @@ def prepare(name: str, environment: dict[str, str]) -> list[str]:
     if name not in RUNTIMES:
         sys.exit(f"KVO_SANITIZE is {name!r}: set it to {' or '.join(RUNTIMES)}")
     environment["LD_PRELOAD"] = " ".join(filter(None, (runtime(name), BESIDE, environment.get("LD_PRELOAD"))))
+    shutil.rmtree(REPORTS, ignore_errors=True)
+    REPORTS.mkdir(parents=True)
     for variable, options in OPTIONS.items():
-        environment[variable] = ":".join(filter(None, (options, environment.get(variable))))  # of two, the last counts
+        mine = f"{options}:log_path={REPORTS / 'report'}"
+        environment[variable] = ":".join(filter(None, (mine, environment.get(variable))))  # of two, the last counts
     if name == "thread":
         keep_addresses()
     say(f"tests run under {RUNTIMES[name]}")
@@ -77,8 +82,11 @@ def main() -> None:
     environment = dict(os.environ)
     name = environment.get("KVO_SANITIZE", "")
     arguments = prepare(name, environment) if name else []
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "pytest", *arguments, *sys.argv[1:]], environment)
+    status = subprocess.run([sys.executable, "-m", "pytest", *arguments, *sys.argv[1:]], env=environment, check=False).returncode
+    reports = sorted(REPORTS.glob("*")) if name else []
+    for report in reports:
+        say(f"{report}:\n{report.read_text(errors='replace')}")
+    sys.exit(status or bool(reports))
 
 
 if __name__ == "__main__":

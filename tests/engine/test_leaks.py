@@ -60,7 +60,7 @@ def lost_by_us(report: str) -> list[str]:
 @pytest.mark.skipif(NAME != "address", reason="needs a build with AddressSanitizer")
 @pytest.mark.parametrize("name", C_ENGINES)
 def test_nothing_is_lost_when_an_engine_is_closed_or_could_not_be_opened(name: str, tmp_path: Path) -> None:
-    options = f"{os.environ['ASAN_OPTIONS']}:detect_leaks=1:fast_unwind_on_malloc=0"
+    options = f"{os.environ['ASAN_OPTIONS']}:detect_leaks=1:fast_unwind_on_malloc=0:log_path=stderr"
     environment = os.environ | {"ASAN_OPTIONS": options, "LSAN_OPTIONS": "exitcode=0", "PYTHONMALLOC": "malloc"}
     command = [sys.executable, "-c", USES, name, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
