@@ -17,7 +17,7 @@ enum { RAW = 1 };
 static uint8_t kv[GROUPS][SOURCES + BATCH_MAX][PAYLOAD_BYTES];
 static const uint64_t group_bytes[GROUPS] = {PAYLOAD_BYTES, SMALL_BYTES};
 static kvo_engine *engine;
-static char path[64];
+static char path[PATH_BYTES];
 
 static void end(void) {
     kvo_close(engine);

@@ -18,7 +18,7 @@ typedef struct {
 _Static_assert(sizeof(superblock) == 64, "docs/format.md");
 
 static const superblock right = {"KVOFILE1", 1, 0, 1, 1, 2, 0, PAYLOAD_BYTES, "fingerprint 16 b", 0};
-static char path[64];
+static char path[PATH_BYTES];
 static int fd = -1;
 
 static uint64_t sum_of(const superblock *block) { return kvo_checksum(block, offsetof(superblock, checksum)); }

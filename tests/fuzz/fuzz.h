@@ -52,9 +52,12 @@ static inline uint32_t take_u32(input *in) {
     return number;
 }
 
-/* An empty file of this process's, in memory where that is to be had; `path` gets its name. It goes with the process. */
-static inline int make_file(char path[64]) {
-    snprintf(path, 64, "%s/kvoffload-fuzz-XXXXXX", access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp");
+#define PATH_BYTES 512
+
+/* An empty file below TMPDIR; `path` gets its name. libFuzzer ends without atexit, so run.py removes the folder. */
+static inline int make_file(char path[PATH_BYTES]) {
+    const char *folder = getenv("TMPDIR");
+    snprintf(path, PATH_BYTES, "%s/kvoffload-fuzz-XXXXXX", folder != NULL ? folder : "/tmp");
     int fd = mkstemp(path);
     MUST(fd >= 0);
     return fd;

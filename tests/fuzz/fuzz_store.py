@@ -4,11 +4,8 @@ import importlib
 import logging
 import sys
 import tempfile
-from pathlib import Path
 
 import atheris
-
-MEMORY = Path("/dev/shm")
 
 
 def main() -> None:
@@ -17,7 +14,7 @@ def main() -> None:
     with atheris.instrument_imports(include=["kvoffload", "tests.fuzz", "json"]):
         target = importlib.import_module(f"tests.fuzz.{name}")
         directory = importlib.import_module("kvoffload.store.directory")
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         opened = directory.Directory.open(folder)
         # Merging starts this anew, by what it takes for the program's name.
         program = f"{sys.executable} -m tests.fuzz.fuzz_store {name}"

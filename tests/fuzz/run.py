@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.fuzz.build import HERE, ROOT, TARGETS, build_fuzzer
@@ -19,6 +20,7 @@ CORPUS = HERE / "corpus"
 WORK = ROOT / "build" / "fuzz"
 STORE_TARGETS = sorted(file.stem for file in HERE.glob("store_*.py"))
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+MEMORY = Path("/dev/shm")
 INPUT_BYTES_MAX = 4096
 INPUT_SECONDS_MAX = 60
 PIECE_SECONDS = 120  # then a new process: Atheris loses a kilobyte of its own with every input
@@ -34,8 +36,8 @@ def command_of(name: str, folder: Path) -> list[str]:
 
 def run(command: list[object], log: Path) -> str:
     """What it printed, which goes to the log as well."""
-    environment = os.environ | {"UBSAN_OPTIONS": "print_stacktrace=1"}
-    with log.open("w") as file:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder, log.open("w") as file:
+        environment = os.environ | {"UBSAN_OPTIONS": "print_stacktrace=1", "TMPDIR": folder}
         subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False)
     return log.read_text(errors="replace")
 
