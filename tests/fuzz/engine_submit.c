@@ -53,7 +53,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     close(fd);
     const char *paths[] = {path};
     MUST(kvo_open(&engine, &options, err) == 0 && kvo_bind(engine, regions, first, GROUPS, err) == 0);
-    MUST(kvo_attach(engine, paths, 1, SSD_SLOTS, fingerprint, err) == 0);
+    MUST(kvo_attach(engine, paths, 1, 0, SSD_SLOTS, fingerprint, err) == 0);
     return atexit(end);
 }
 
