@@ -40,18 +40,13 @@ SOURCES = [*sorted((ROOT / "csrc").glob("*.c")), HERE / "io_fault.c"]
 HEADERS = [*sorted((ROOT / "csrc").glob("*.h")), HERE / "io_fault.h"]
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
 FLAGS = ("-shared", "-fPIC", "-std=gnu11", "-O2", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS)
-SANITIZERS = {  # as setup.py has them
-    "": (),
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-    "thread": ("-fsanitize=thread",),
-}
 LIBURING = (("-DKVO_HAVE_LIBURING=1", "-l:liburing.a", "-Wl,--exclude-libs,ALL"), ("-DKVO_HAVE_LIBURING=1", "-luring"), ())
 
 
 def _command(library: Path, liburing: tuple[str, ...]) -> list[str]:
     includes = (sysconfig.get_path("include"), ROOT / "build" / "include", ROOT / "csrc")
     return [
-        *("cc", *FLAGS, *SANITIZERS[os.environ.get("KVO_SANITIZE", "")], "-DPy_LIMITED_API=0x030B0000"),
+        *("cc", *FLAGS, *sanitizers.FLAGS, "-DPy_LIMITED_API=0x030B0000"),
         *(f"-I{folder}" for folder in includes),
         *(f"-Wl,--wrap={name}" for name in WRAPPED),
         *("-o", str(library), *map(str, SOURCES), *liburing, "-ldl"),
