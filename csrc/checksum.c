@@ -1,8 +1,8 @@
 /* checksum.c - XXH3-64, compiled in: no xxHash library is needed at run time. */
+#include "internal.h"
+
 #define XXH_INLINE_ALL
 #include <xxhash.h>
-
-#include "internal.h"
 
 uint64_t kvo_checksum(const void *data, size_t bytes) {
 #ifdef __x86_64__

@@ -3,6 +3,8 @@
 #ifdef __x86_64__
 
 #include <immintrin.h>
+
+#include "internal.h"
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else
@@ -11,8 +13,6 @@
 #define XXH_VECTOR 2 /* XXH_AVX2 */
 #define XXH_INLINE_ALL
 #include <xxhash.h>
-
-#include "internal.h"
 
 uint64_t kvo_checksum_avx2(const void *data, size_t bytes) { return XXH3_64bits(data, bytes); }
 

@@ -7,6 +7,10 @@
 
 #include "kvo.h"
 
+/* For xxHash, which must be included after this: bytes it fetches ahead. What is summed here was not touched by this processor
+ * before, or long ago; with xxHash's own 384 a sum took 4 to 13 % more processor time. */
+#define XXH_PREFETCH_DIST 2048
+
 #define KVO_FILES_MAX 64u
 #define KVO_EXTENT_BYTES (64ull << 20)
 #define KVO_EXTENT_SLOTS 8u
