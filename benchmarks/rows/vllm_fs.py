@@ -4,19 +4,30 @@ A block is a file, named and nested as vLLM's FileMapper does it. Every store pa
 of the pass before, as in a cache that is long in use; the first pass, which makes the folders, is not counted.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from benchmarks.rows.base import Place, RowError, Sample, Stopwatch, content, settle
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 JOB_BLOCKS = 8
 THREADS = 16  # of each of the pool's two kinds, vLLM's default
+
+
+@contextlib.contextmanager
+def quiet_vllm() -> Iterator[None]:
+    """vLLM reads its log level when it is imported; processes started later must not inherit ours."""
+    before = os.environ.get("VLLM_LOGGING_LEVEL")
+    os.environ["VLLM_LOGGING_LEVEL"] = before or "ERROR"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["VLLM_LOGGING_LEVEL"]
 
 
 class VllmFsRow:
@@ -27,9 +38,10 @@ class VllmFsRow:
 
     def prepare(self, place: Place) -> None:
         # Imported here: it takes seconds, and who leaves this row out needs no vLLM.
-        from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-        from vllm.v1.kv_offload.tiering.fs import io
-        from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
+        with quiet_vllm():
+            from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+            from vllm.v1.kv_offload.tiering.fs import io
+            from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 
         self.place, self.io = place, io
         self.is_direct = io.probe_o_direct(str(place.folder))

@@ -14,6 +14,7 @@ from tests.engine.faulty import FaultPlan, environment
 
 PROMPTS = 4
 PATIENCE_S = 90
+LOGGING = {"VLLM_LOGGING_LEVEL": "INFO"}  # what is said is counted here
 
 
 class Life:
@@ -24,7 +25,7 @@ class Life:
         self.plan = plan
         self.asked = prompts.many(PROMPTS, PROMPT)
         self.want = baseline.tokens("llama", self.asked, 8)
-        self.engine: VllmProcess = serve("llama", settings, env=environment(plan), **options)
+        self.engine: VllmProcess = serve("llama", settings, env={**environment(plan), **LOGGING}, **options)
         assert ask(self.engine, self.asked) == self.want
         settle(self.engine)
         self.check_all_are_loaded()
