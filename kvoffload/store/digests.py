@@ -3,7 +3,8 @@
 Weights are told apart by their content, since retrained ones have the same names, sizes and headers. Reading hundreds of
 GB at every start would cost minutes, so a digest is kept under what tells that a file has not changed: where it is, its
 inode, its size and both of its times to the nanosecond. The time of its last change of any kind (ctime) cannot be set by a
-program, so neither `cp -p` nor `touch -d` hides new content.
+program, so neither `cp -p` nor `touch -d` hides new content. Where that time tells less (see `_tells_changes`), the file is
+read at every start.
 """
 
 import hashlib
@@ -28,12 +29,32 @@ ENTRIES_MAX = 512  # of about 100 bytes, so that the file is a part of every nam
 _BYTES_MAX = 128 * ENTRIES_MAX
 _HEX = re.compile("[0-9a-f]{32,64}")
 SETTLE_SECONDS = 10.0  # a file changed this recently may change again without its times telling, for clocks are coarse
+IN_MEMORY = ("tmpfs", "ramfs")  # there a write through a memory mapping may change no time, and reading costs little
 
 
 def _stamp(path: Path, found: os.stat_result) -> str:
     """What is different after the file changed."""
     parts = (path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return hashlib.blake2b("\0".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def _tells_changes(found: os.stat_result) -> bool:
+    """Whether the file's next change, or another file in its place, will have another stamp."""
+    if time.time() - max(found.st_mtime, found.st_ctime) <= SETTLE_SECONDS:
+        return False
+    # Of whole seconds are the times of coarse clocks, and those in images (squashfs, erofs, ISO 9660): these are what the
+    # image's maker said, often the same in every build, and so are the inodes' numbers and the device it is mounted from.
+    return found.st_ctime_ns % 10**9 != 0 and _file_system(found.st_dev) not in IN_MEMORY
+
+
+def _file_system(device: int) -> str:
+    """The kind of file system mounted from the device; "" if the kernel does not list it (a btrfs subvolume)."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        mount, _, system = line.partition(" - ")
+        if mount.split(" ")[2] == number:
+            return system.split(" ")[0]
+    return ""
 
 
 class Digests:
@@ -55,14 +76,17 @@ class Digests:
             return cls(None, {})
 
     def of(self, path: Path, compute: Callable[[Path], str]) -> str:
-        """The digest of the file's content; `compute` is asked for it if the file may have changed since it was last."""
-        found = os.stat(path)
-        stamp = _stamp(path, found)
-        if stamp in self._known:
-            return self._known[stamp]
-        is_settled = time.time() - max(found.st_mtime, found.st_ctime) > SETTLE_SECONDS
-        digest = compute(path)
-        if is_settled:  # should it change while it is read, this stamp never comes again
+        """The digest of the file's content; `compute` is asked for it, by a path of its own, unless it is known and unchanged."""
+        # One file from here on: its name may lead to another at any moment, and to this one again later. And a network file
+        # system asks its server whether the file changed when it is opened, not for every stat.
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            stamp = _stamp(path, found)
+            if stamp in self._known:
+                return self._known[stamp]
+            tells_changes = _tells_changes(found)
+            digest = compute(Path(f"/proc/self/fd/{file.fileno()}"))
+        if tells_changes:  # should it change while it is read, this stamp never comes again
             self._known[stamp] = self._new[stamp] = digest
         return digest
 

@@ -1,7 +1,9 @@
 """Digests of weights, remembered: they are right or computed again, and what remembers them is small, private and replaceable."""
 
 import json
+import mmap
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +11,16 @@ from pathlib import Path
 import pytest
 
 from kvoffload.store import Digests, digests
+from tests.engine.loop_device import call, unmount
 from tests.store.helpers import MB, open_store, used_bytes, write_blocks
+
+IN_MEMORY = digests.IN_MEMORY
 
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "SETTLE_SECONDS", -1.0)
+    monkeypatch.setattr(digests, "IN_MEMORY", ())  # where tests run may be one
 
 
 @pytest.fixture
@@ -100,6 +106,79 @@ def test_what_was_read_of_a_file_that_changed_meanwhile_is_not_taken_for_it(nvme
 
     assert remember(nvme, weights, torn) == "0" * 64
     assert remember(nvme, weights) == digest(weights)
+
+
+def test_what_was_read_of_another_file_under_the_same_name_is_not_taken_for_it(nvme: Path, tmp_path: Path) -> None:
+    """A symlink led elsewhere between the look at the file and its reading, and was led back later: no time tells of that."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    current = tmp_path / "current"
+    weights = current / "model.safetensors"
+
+    def lead_to(name: str) -> None:
+        current.unlink(missing_ok=True)
+        current.symlink_to(name)
+
+    def led_elsewhere(path: Path) -> str:
+        lead_to("new")
+        return digest(path)
+
+    lead_to("old")
+    remember(nvme, weights, led_elsewhere)
+    lead_to("old")
+    assert remember(nvme, weights) == digest(weights)
+    lead_to("new")
+    assert remember(nvme, weights) == digest(weights)
+
+
+def image(folder: Path, content: str) -> Path:
+    """A file system with weights in it, as a build makes it whose times are always the same."""
+    (folder / content).mkdir()
+    (folder / content / "model.safetensors").write_text(content)
+    made = folder / f"{content}.image"
+    try:
+        call("mkfs.ext4", "-q", "-I", "128", "-d", folder / content, made, "4M")
+        for field in ("ctime", "mtime", "atime"):
+            call("debugfs", "-w", "-R", f"set_inode_field /model.safetensors {field} 20200101000000", made)
+    except FileNotFoundError as error:
+        pytest.skip(f"no image can be made here: {error}")
+    return made
+
+
+def test_other_weights_in_an_image_built_with_the_same_times_are_read_again(nvme: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    mounted = tmp_path / "models"
+    mounted.mkdir()
+    stamps = set()
+    for content in ("old", "new"):
+        call("mount", "-o", "loop,ro", image(tmp_path, content), mounted)
+        try:
+            weights = mounted / "model.safetensors"
+            stamps.add(digests._stamp(weights, weights.stat()))
+            assert remember(nvme, weights) == digest(weights)
+        finally:
+            unmount(mounted)
+    if len(stamps) > 1:
+        pytest.skip("another test took the loop device in between")
+
+
+def test_weights_in_memory_that_a_mapping_changed_without_a_time_are_read_again(
+    nvme: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if digests._file_system(os.stat("/dev/shm").st_dev) != "tmpfs":
+        pytest.skip("/dev/shm is no tmpfs here")
+    monkeypatch.setattr(digests, "IN_MEMORY", IN_MEMORY)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".gguf") as file:
+        weights = Path(file.name)
+        weights.write_bytes(b"weights")
+        time.sleep(0.02)
+        remember(nvme, weights)
+        with weights.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapping:
+            assert mapping[0] == ord("w")  # the page is there now, and writable: writing meets no fault
+            mapping[0] = ord("W")
+        assert remember(nvme, weights) == digest(weights)
 
 
 @pytest.mark.parametrize(
