@@ -11,6 +11,7 @@ from ..layout import (
     SLOTS_MIN,
     SUPERBLOCK_BYTES,
     free_floor,
+    slot_offset,
     ssd_slot_bytes,
     ssd_slots,
 )
@@ -92,9 +93,22 @@ class Geometry:
 
     def path_bytes(self, path_index: int, slot_count: int) -> int:
         """Bytes on one path once every slot has been written."""
-        local = (slot_count - path_index + self.paths - 1) // self.paths
+        local = self._local(path_index, slot_count)
         journal = slot_count * JOURNAL_BYTES_PER_SLOT if path_index == 0 else 0
         return NAMESPACE_BYTES + self.ranks * (SUPERBLOCK_BYTES + local * ssd_slot_bytes(self.payload_bytes)) + journal
+
+    def still_needed(self, path_index: int, slot_count: int, own: int) -> int:
+        """Bytes to be free for a namespace that holds `own` bytes of the path.
+
+        Nothing once the slot files have their full length: what they may hold beyond their bytes is a bound for what the
+        file system may charge while they grow, and most of it is never taken.
+        """
+        full = self.ranks * slot_offset(self._local(path_index, slot_count), self.payload_bytes)
+        return max(0, self.path_bytes(path_index, slot_count) - own) if own < full else 0
+
+    def _local(self, path_index: int, slot_count: int) -> int:
+        """How many of the slots lie on one path."""
+        return (slot_count - path_index + self.paths - 1) // self.paths
 
     def total_bytes(self, slot_count: int) -> int:
         return sum(self.path_bytes(index, slot_count) for index in range(self.paths))
@@ -143,7 +157,7 @@ def _check_free(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geomet
     cap = "ssd_kv_offload_gb=-1" if cap_bytes is None else f"ssd_kv_offload_gb ({cap_bytes} bytes)"
     for device in dict.fromkeys(use.device for use in uses):
         sharing = [(index, use) for index, use in enumerate(uses) if use.device == device]
-        needed = sum(max(0, geometry.path_bytes(index, slot_count) - use.own) for index, use in sharing)
+        needed = sum(geometry.still_needed(index, slot_count, use.own) for index, use in sharing)
         free = min(use.free for _, use in sharing) - sum(use.pending for _, use in sharing)
         if needed > max(0, free):
             paths = " and ".join(use.path for _, use in sharing)

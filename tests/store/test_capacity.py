@@ -13,7 +13,7 @@ import pytest
 
 from kvoffload.errors import StoreError
 from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, SLOTS_MIN, free_floor, slot_bytes, slot_offset, ssd_slots
-from kvoffload.store import namespace
+from kvoffload.store import capacity, namespace
 from kvoffload.store.capacity import Geometry, PathUse, decide_slots, measure
 from kvoffload.store.directory import Directory
 from tests.store.helpers import MB, PAYLOAD, namespace_of, open_store, slot_file, used_bytes, write_blocks
@@ -283,6 +283,20 @@ def test_a_full_grown_cache_on_a_drive_that_others_filled_opens() -> None:
     assert decide_slots(150 * MB, full, GEOMETRY) == slots
     with pytest.raises(StoreError, match="/0 and /1 has 0 bytes free beside what is kept for others"):
         decide_slots(160 * MB, full, GEOMETRY)
+
+
+def test_a_full_grown_cache_opens_on_a_full_drive_although_it_never_took_all_that_was_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(tmp_path) as store:
+        slots = store.slot_count
+        write_blocks(store, range(slots))
+        assert used_bytes(tmp_path / "kvoffload") < store.stats().reserved_bytes
+    monkeypatch.setattr(capacity, "free_floor", lambda file_system_bytes: file_system_bytes)  # as if all were others'
+    with open_store(tmp_path) as store:
+        assert (store.slot_count, store.stats().resumed) == (slots, slots)
+    with pytest.raises(StoreError, match="has 0 bytes free beside what is kept for others"):
+        open_store(tmp_path, 21)
 
 
 def test_what_is_kept_for_others_is_two_percent_and_little_of_a_large_drive() -> None:
