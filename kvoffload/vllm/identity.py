@@ -202,9 +202,27 @@ def _adapter_files(lora_path: str) -> tuple[Path, list[Path]]:
     return directory, files
 
 
+def _links(path: Path) -> list[Path]:
+    """The symlinks on the way to a path, one behind the other."""
+    found: list[Path] = []
+    ways = [path.absolute()]
+    while ways:
+        way = ways.pop()
+        for each in (way, *way.parents):
+            if each.is_symlink() and each not in found:
+                found.append(each)
+                ways.append(each.parent / each.readlink())
+    return found
+
+
 def _stamps(lora_path: str) -> tuple[list[str], int]:
-    """What is different after an adapter's files changed, and when one last did. OSError if they change just now."""
-    stats = [(path, path.stat()) for path in _adapter_files(lora_path)[1]]
+    """What is different after an adapter's files changed, and when one last did. OSError if they change just now.
+
+    Old files may take its name, by a symlink or a rename: these change the times of the symlink and of the directory only.
+    """
+    directory, files = _adapter_files(lora_path)
+    ways = {directory.resolve(), *(path.parent for path in files), *(link for path in files for link in _links(path))}
+    stats = [(path, path.stat()) for path in files] + [(path, path.lstat()) for path in sorted(ways)]
     stamps = [f"{path} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}" for path, stat in stats]
     return stamps, max(max(stat.st_mtime_ns, stat.st_ctime_ns) for _, stat in stats)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from functools import partial
 
 import pytest
@@ -149,6 +150,35 @@ def test_an_adapter_changed_after_vllm_may_have_read_it_and_before_its_first_req
     salt = salts.of(adapter(weights))
     assert salts.of(adapter(weights)) == salt
     assert_of_this_process_alone(salt, weights)
+
+
+def led_elsewhere(path, prepared) -> None:
+    path.unlink()
+    path.symlink_to(prepared)
+
+
+def renamed(path, prepared) -> None:
+    path.rename(path.with_name("old"))
+    prepared.rename(path)
+
+
+@pytest.mark.parametrize("swap", [led_elsewhere, renamed])
+@pytest.mark.parametrize("is_used_before", [False, True])
+def test_an_adapter_swapped_for_one_whose_files_are_old_is_not_taken_for_what_vllm_read(weights, swap, is_used_before):
+    prepared = weights.with_name("prepared")
+    shutil.copytree(weights, prepared)
+    retrain(prepared)
+    name = weights
+    if swap is led_elsewhere:
+        name = weights.with_name("link")
+        name.symlink_to(weights)
+    salts = LoraSalts()  # vLLM reads adapters when it starts
+    before = salts.of(adapter(name)) if is_used_before else b""
+    time.sleep(0.02)  # a tick of the clock that stamps files
+    swap(name, prepared)
+    salt = salts.of(adapter(name))
+    assert salts.of(adapter(name)) == salt != before
+    assert_of_this_process_alone(salt, name)
 
 
 @pytest.mark.parametrize("reload", ["in place", "unloaded and loaded again"])
