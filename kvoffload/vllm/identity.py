@@ -19,7 +19,7 @@ from kvoffload.types import BlockKey
 from kvoffload.vllm import contract
 
 if TYPE_CHECKING:
-    from vllm.config import MultiModalConfig, VllmConfig
+    from vllm.config import LoadConfig, MultiModalConfig, VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -105,6 +105,12 @@ def _hardware() -> list[str]:
     return device
 
 
+def _loading(load: "LoadConfig") -> list[str]:
+    """What chooses among the weight files beside each other, or names others elsewhere, which their digest does not tell."""
+    extra = blake3(repr(load.model_loader_extra_config).encode()).hexdigest()  # may hold keys of an object store
+    return [str(load.load_format), extra, repr(load.ignore_patterns)]
+
+
 def _multimodal(config: "MultiModalConfig | None") -> dict[str, str]:
     """vLLM's hash of an image covers what a request says of it, not what the engine was started with."""
     if config is None:
@@ -127,6 +133,7 @@ def identity_fields(
     return {
         "model": model.model,
         "weights": weights_digest(config, content_of),
+        "loading": _loading(config.load_config),
         "shape": _plain(model.hf_config.to_dict()),
         # Some models choose rotary factors or attention temperature by how long a sequence may get.
         "max_model_len": model.max_model_len,

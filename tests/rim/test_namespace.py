@@ -70,6 +70,9 @@ CHANGES = {
     "rope": {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 4321.0}}},
     "generation": {"override_generation_config": {"temperature": 0.5}},
     "dummy weights": {"load_format": "dummy"},
+    "weights of another format beside them": {"load_format": "pt"},
+    "weights elsewhere": {"model_loader_extra_config": {"tensorizer_uri": "/elsewhere/model.tensors"}},
+    "other files left out": {"ignore_patterns": "consolidated*"},
     "kv cache dtype": {"change": setting("cache_config", "cache_dtype", "fp8")},
     "kv cache layout": {"change": setting("cache_config", "kv_cache_layout", "BLHNC")},
     "tensor parallel": {"change": setting("parallel_config", "tensor_parallel_size", 2)},
@@ -116,6 +119,10 @@ def test_retrained_weights_below_the_same_path_change_the_namespace(model, tmp_p
     data[-1] ^= 1
     file.write_bytes(data)
     assert {name for name, value in fields(copy).items() if value != plain[name]} == {"weights"}
+
+
+def test_keys_of_an_object_store_are_not_written_to_the_manifest(model):
+    assert "s3cret" not in identity(model, model_loader_extra_config={"s3_secret_access_key": "s3cret"})
 
 
 def test_ranks_of_one_namespace_have_files_that_no_other_rank_takes_for_its_own():
