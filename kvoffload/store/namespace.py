@@ -27,6 +27,7 @@ ROOT_LOCK = ".lock"
 LOCK = "lock"
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES_MAX = 1 << 20
+_FIELD_BYTES_MAX = 8192  # of the identity in a manifest, which is a part of every namespace's NAMESPACE_BYTES
 _REASON_MAX = 120
 _BYTES_MAX = 1 << 63  # no file system holds more
 _NAMESPACE_PATTERN = re.compile(r"[0-9a-f]{32}")
@@ -58,6 +59,15 @@ class Identity:
             allow_nan=False,
         )
         return cls(text, hashlib.blake2b(text.encode(), digest_size=32).digest())
+
+    def for_people(self) -> dict[str, Any]:
+        """What a manifest shows. Lists of a model's unquantised layers can be megabytes: a digest tells such fields apart."""
+        shown: dict[str, Any] = json.loads(self.text)
+        for name, value in shown["fields"].items():
+            text = json.dumps(value).encode()
+            if len(text) > _FIELD_BYTES_MAX:
+                shown["fields"][name] = {"bytes": len(text), "blake2b": hashlib.blake2b(text, digest_size=16).hexdigest()}
+        return shown
 
     @property
     def namespace(self) -> str:
@@ -327,7 +337,7 @@ class Manifest:
                 "format": "kvoffload",
                 "format_version": FORMAT_VERSION,
                 "namespace": identity.namespace,
-                "identity": json.loads(identity.text),
+                "identity": identity.for_people(),
                 "path_index": self.path_index,
                 "paths": self.paths,
                 "slot_count": self.slot_count,

@@ -1,6 +1,7 @@
 """One cap for everything below kvoffload/, in physical bytes, whoever wrote it."""
 
 import fcntl
+import json
 import os
 import re
 import subprocess
@@ -13,10 +14,10 @@ import pytest
 
 from kvoffload.errors import StoreError
 from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, SLOTS_MIN, free_floor, slot_bytes, slot_offset, ssd_slots
-from kvoffload.store import capacity, namespace
+from kvoffload.store import Store, capacity, namespace
 from kvoffload.store.capacity import Geometry, PathUse, decide_slots, measure
 from kvoffload.store.directory import Directory
-from tests.store.helpers import MB, PAYLOAD, namespace_of, open_store, slot_file, used_bytes, write_blocks
+from tests.store.helpers import MB, PAYLOAD, config, namespace_of, open_store, slot_file, used_bytes, write_blocks
 
 HOLDER = """
 import sys, time
@@ -297,6 +298,18 @@ def test_a_full_grown_cache_opens_on_a_full_drive_although_it_never_took_all_tha
         assert (store.slot_count, store.stats().resumed) == (slots, slots)
     with pytest.raises(StoreError, match="has 0 bytes free beside what is kept for others"):
         open_store(tmp_path, 21)
+
+
+def test_an_identity_of_megabytes_is_within_the_cap_and_its_cache_is_found_again(tmp_path: Path) -> None:
+    """A quantised model's configuration may list every layer of every expert; such a manifest was called damaged."""
+    fields = {"model": "m", "quantization": {"ignore": [f"model.layers.0.mlp.experts.{number}" for number in range(50_000)]}}
+    for resumed in (0, 1):
+        with Store.open(config(tmp_path), fields, PAYLOAD, 2) as store:
+            assert (store.stats().resumed > 0) == resumed
+            write_blocks(store, range(store.slot_count))
+            assert used_bytes(tmp_path / "kvoffload") <= 20 * MB
+    shown = json.loads((namespace_of(tmp_path) / "manifest.json").read_text())["identity"]["fields"]
+    assert shown["model"] == "m" and shown["quantization"].keys() == {"bytes", "blake2b"}
 
 
 def test_what_is_kept_for_others_is_two_percent_and_little_of_a_large_drive() -> None:
