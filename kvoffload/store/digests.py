@@ -38,13 +38,19 @@ def _stamp(path: Path, found: os.stat_result) -> str:
     return hashlib.blake2b("\0".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _tells_changes(found: os.stat_result) -> bool:
+def _tells_changes(fd: int, found: os.stat_result) -> bool:
     """Whether the file's next change, or another file in its place, will have another stamp."""
     if time.time() - max(found.st_mtime, found.st_ctime) <= SETTLE_SECONDS:
         return False
     # Of whole seconds are the times of coarse clocks, and those in images (squashfs, erofs, ISO 9660): these are what the
     # image's maker said, often the same in every build, and so are the inodes' numbers and the device it is mounted from.
-    return found.st_ctime_ns % 10**9 != 0 and _file_system(found.st_dev) not in IN_MEMORY
+    if found.st_ctime_ns % 10**9 == 0 or _file_system(found.st_dev) in IN_MEMORY:
+        return False
+    try:
+        os.fsync(fd)  # a memory mapping's write changes the times only where the page was clean, so all of them shall be
+    except OSError:
+        return False
+    return True
 
 
 def _file_system(device: int) -> str:
@@ -84,7 +90,7 @@ class Digests:
             stamp = _stamp(path, found)
             if stamp in self._known:
                 return self._known[stamp]
-            tells_changes = _tells_changes(found)
+            tells_changes = _tells_changes(file.fileno(), found)
             digest = compute(Path(f"/proc/self/fd/{file.fileno()}"))
         if tells_changes:  # should it change while it is read, this stamp never comes again
             self._known[stamp] = self._new[stamp] = digest

@@ -181,6 +181,18 @@ def test_weights_in_memory_that_a_mapping_changed_without_a_time_are_read_again(
         assert remember(nvme, weights) == digest(weights)
 
 
+def test_weights_that_a_mapping_goes_on_writing_are_read_again(nvme: Path, weights: Path) -> None:
+    """A page that is dirty already is written without a time changing."""
+    if digests._file_system(weights.stat().st_dev) in IN_MEMORY:
+        pytest.skip("files in memory are always read again")
+    with weights.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapping:
+        mapping[0] = ord("x")
+        time.sleep(0.02)
+        before = remember(nvme, weights)
+        mapping[0] = ord("y")
+        assert remember(nvme, weights) == digest(weights) != before
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"a": "b"}', '{"%s": 1}' % ("0" * 32), "[" * 100_000, "\0\xff", '{"x": {"y": []}}']
 )
