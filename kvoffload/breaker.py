@@ -10,7 +10,7 @@ class BreakerState(IntEnum):
     """Numbered as the metric kvoffload_drive_state exports them."""
 
     CLOSED = 0  # in use
-    HALF_OPEN = 1  # one operation at a time, until one succeeds
+    HALF_OPEN = 1  # tried with as little as possible, until that succeeds
     OPEN = 2  # left alone
 
 
@@ -45,7 +45,7 @@ class Breaker:
         return self.closed or self._trying
 
     def begin(self) -> None:
-        """An operation begins. If the breaker is half-open no other may be in flight."""
+        """An operation begins. If the breaker is half-open none but those of the same trial may be in flight."""
         self._trying = self.state is BreakerState.HALF_OPEN
 
     def trip(self) -> None:

@@ -35,7 +35,8 @@ class Drive:
         self.evictable: EvictionPolicy = LRU()
         self.reads, self.writes = Breaker(clock), Breaker(clock)
         self.loads = self.demotions = 0  # in flight, in blocks
-        self.trial: BlockKey | None = None  # what a lookup of this step promised while reads are half-open
+        self.trial: set[BlockKey] = set()  # what lookups of this step promised while reads are half-open
+        self.trial_max = 1  # blocks of a trial
         self.heard_at = 0.0  # when a demotion ended, or the first began
         self.errors = self.damaged = 0  # since the last good read
         self.full_until = 0.0
@@ -54,11 +55,22 @@ class Drive:
         return self.pool.take(used_before=self._clock() < self.full_until)
 
     def may_read(self, key: BlockKey) -> bool:
-        """Half-open, it is one block at a time: the first that is asked for."""
+        """Half-open, it is one block at a time, the first that is asked for; or more, see `forget_trial`."""
         state = self.reads.state
         if state is BreakerState.HALF_OPEN:
-            return self.loads == 0 if self.trial is None else key == self.trial
+            return key in self.trial or self.loads == 0 and len(self.trial) < self.trial_max
         return state is BreakerState.CLOSED
+
+    def promise(self, key: BlockKey) -> None:
+        if not self.reads.closed:
+            self.trial.add(key)
+
+    def forget_trial(self) -> None:
+        """The step ends. What was promised and not loaded was of no use alone: a model with sliding windows, recurrent states or
+        a draft model loads several blocks or none. So twice as many are promised in the next step."""
+        if self.trial and self.loads == 0:
+            self.trial_max = min(2 * self.trial_max, self.pool.count)
+        self.trial.clear()
 
     @property
     def write_state(self) -> BreakerState:
@@ -189,7 +201,7 @@ class Drives:
     def forget_trials(self) -> None:
         if not self.all_well:
             for drive in self._drives:
-                drive.trial = None
+                drive.forget_trial()
 
     def never_use(self) -> None:
         for drive in self._drives:
@@ -206,6 +218,8 @@ class Drives:
             logger.warning("kvoffload: drive %s: %ss fail (%s): %s until a trial succeeds", drive.name, direction, reason, then)
         self._counters["kvoffload_drive_openings_total", str(drive.number), direction, reason] += 1
         breaker.trip()
+        if reads:
+            drive.trial_max = 1
         if reads and drive.writes.state is not BreakerState.OPEN:
             drive.writes.trip()
         drive.errors = drive.damaged = 0

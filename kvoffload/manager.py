@@ -81,7 +81,7 @@ class BlockManager:
         if tier is not None:
             self._promised.add(key)
             if tier is Tier.SSD and not self._drives.all_well:
-                self._drives.of(self._blocks[key].ssd_slot).trial = key
+                self._drives.of(self._blocks[key].ssd_slot).promise(key)
         return tier
 
     def tier(self, key: BlockKey) -> Tier | None:

@@ -141,7 +141,7 @@ def test_a_half_open_drive_is_tried_with_one_block_at_a_time(drives, clock):
     clock.now += PAUSE_MIN_S
     assert states(drives)[:2] == [1, 1]
     assert first.may_read(b"a") and first.may_read(b"b"), "whichever is asked for first"
-    first.trial = b"a"
+    first.promise(b"a")
     assert first.may_read(b"a") and not first.may_read(b"b")
     drives.begin_load(first)
     drives.forget_trials()

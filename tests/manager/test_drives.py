@@ -59,7 +59,40 @@ def test_a_trial_that_was_promised_and_not_taken_is_free_again_in_the_next_step(
     books.now += PAUSE_MIN_S
     assert [books.manager.lookup(key) for key in blocks] == [Tier.SSD, None, None, None]
     books.manager.end_step()
-    assert [books.manager.lookup(key) for key in reversed(blocks)] == [Tier.SSD, None, None, None]
+    assert [books.manager.lookup(key) for key in reversed(blocks)] == [Tier.SSD, Tier.SSD, None, None]
+
+
+def test_a_drive_is_taken_back_by_a_model_that_loads_several_blocks_or_none():
+    """One block was promised at a time, of which such a model had no use: its drive was never tried, and its blocks, which
+    counted as held, were never stored again."""
+    books = Books(dram=8, ssd=32)
+    blocks = on_ssd_only(books, "a", 8)
+    load(books, blocks[:1], errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    for promised in (1, 2, 4, 5):
+        found = [books.manager.lookup(key) for key in reversed(blocks[2:7])]
+        assert found == [Tier.SSD] * promised + [None] * (5 - promised)
+        if promised < 5:
+            books.manager.end_step()
+    books.manager.load(blocks[2:7], "r")
+    assert books.manager.lookup(blocks[0]) is None, "the trial is in flight"
+    books.manager.end_step()
+    books.manager.load_done(blocks[2:7], "r")
+    books.manager.check()
+    assert books.tiers(blocks) == [Tier.SSD] * 8
+
+
+def test_a_drive_that_failed_again_is_tried_with_one_block_again():
+    books = Books(dram=4, ssd=16)
+    blocks = on_ssd_only(books, "a", 4)
+    load(books, blocks[:1], errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    for promised in (1, 2):
+        assert sum(books.manager.lookup(key) is not None for key in blocks) == promised
+        books.manager.end_step()
+    load(books, blocks, errno.ETIMEDOUT)
+    books.now += 2 * PAUSE_MIN_S
+    assert sum(books.manager.lookup(key) is not None for key in blocks) == 1
 
 
 def test_a_trial_takes_no_dram_slot_which_a_drive_that_still_hangs_would_keep():
