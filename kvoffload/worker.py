@@ -297,6 +297,8 @@ class Worker:
                 self._report.failed_demotions[pending.demotion] = error
             return
         job.left -= 1
+        if error == errno.ETIMEDOUT and pending.kind is OpKind.COPY_IN:
+            error = errno.EREMOTEIO  # its turn did not come in time: that is the GPU's doing, for the drive had answered
         if error:
             job.failed.setdefault(pending.key, error)  # of a linked pair the first tells why
         if not job.left:

@@ -16,8 +16,10 @@ from kvoffload.store import Store
 from kvoffload.types import (
     COMPLETION_DTYPE,
     NO_SLOT,
+    OP_DTYPE,
     Demotion,
     EngineOptions,
+    OpKind,
     Region,
     SlotFiles,
     TransferPlan,
@@ -209,6 +211,31 @@ def test_a_demotion_the_engine_never_had_room_for_is_not_called_late(monkeypatch
     worker = Worker(DeafEngine(room=0), rank=0, group_bytes=[PAYLOAD])
     worker.apply(TransferPlan(demotions=(Demotion(1, key(0), 0, 7, 0, 0),)))
     assert worker.take_report().failed_demotions == {1: errno.ECANCELED}
+
+
+class LateEngine(DeafEngine):
+    """Answers reads at once and copies too late."""
+
+    def submit(self, ops, stream=0):
+        self.ops = ops.copy()
+        return len(ops)
+
+    def poll(self, max_completions=0):
+        ops, self.ops = self.ops, np.empty(0, OP_DTYPE)
+        done = np.zeros(len(ops), COMPLETION_DTYPE)
+        done["id"], done["status"] = ops["id"], np.where(ops["kind"] == OpKind.READ, 0, -errno.ETIMEDOUT)
+        return done
+
+
+def test_a_copy_that_waits_too_long_for_the_gpu_is_not_held_against_the_drive():
+    """Copies wait for the step of the model that was launched before them: one that took longer than a load may take had
+    every drive left alone that had just answered."""
+    worker = Worker(LateEngine(room=0), rank=0, group_bytes=[PAYLOAD])
+    worker.load(1, block_list(2, [NO_SLOT, 1], [0, NO_SLOT], [0, 1]))
+    worker.poll()
+    report = worker.take_report()
+    assert report.failed == {TRANSFER: {key(0): errno.EREMOTEIO, key(1): errno.EREMOTEIO}}
+    assert report.counters["kvoffload_transfer_failures_total", "copy_in", "ETIMEDOUT"] == 2
 
 
 def test_of_several_ranks_words_on_a_demotion_lateness_stays():
