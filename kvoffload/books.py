@@ -34,7 +34,8 @@ def verify(
         assert drive.demotions == sum(block.ssd is State.MOVING_IN for block in here), f"drive {drive.number}: demotions"
         evictable = [block for block in blocks.values() if block.key in drive.evictable]
         assert len(evictable) == len(drive.evictable), f"drive {drive.number}: evictable, but not held"
-        assert all(block.ssd is State.READY and not block.loads and block in here for block in evictable)
+        idle = [block for block in here if block.ssd is State.READY and not block.loads and not block.gone]
+        assert {id(block) for block in evictable} == {id(block) for block in idle}, f"drive {drive.number}: evictable"
     in_use = Counter(id(block) for block in loading)
     for block in everyone.values():
         name = block.key.hex()

@@ -441,7 +441,8 @@ class BlockManager:
     def _drop_ssd(self, block: Block) -> None:
         if block.ssd is State.READY:
             drive = self._drives.of(block.ssd_slot)
-            drive.evictable.remove(block.key)
+            if not block.gone:  # else it is on no list, but a younger block of the same key may be
+                drive.evictable.remove(block.key)
             drive.pool.give_back(block.ssd_slot)
             block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
 

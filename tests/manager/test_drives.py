@@ -261,6 +261,24 @@ def test_bounced_blocks_of_a_drive_that_answers_again_are_written():
     assert books.tiers(prefix("a", 2)) == [Tier.SSD] * 2
 
 
+def test_a_block_stored_anew_can_be_evicted_after_a_load_of_what_it_replaced_ended():
+    """The end of that load took it off the eviction list, and it held its slot for good."""
+    books = Books(dram=4, ssd=8, drives=2, tier=False)
+    books.store(prefix("a", 4))
+    books.demote()
+    books.manager.load([b"a1"], "slow")
+    load(books, [b"a3"], errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S / 2
+    assert books.store([b"b", b"a1"]) == [b"b", b"a1"]
+    books.now += PAUSE_MIN_S / 2
+    other, again = books.manager.plan()
+    assert (other.ssd_slot % 2, again.ssd_slot % 2) == (0, 1), "on the drive where it was"
+    books.manager.ack(other.id, 1)
+    books.manager.ack(again.id, 1)
+    books.manager.load_done([b"a1"], "slow")
+    books.manager.check()
+
+
 def test_loads_that_a_reset_made_void_do_not_count_as_in_flight():
     books = Books(dram=4, ssd=8)
     books.manager.load(on_ssd_only(books, "a", 4)[:1], "r")
