@@ -46,9 +46,11 @@ def verify(
         assert block.late == (block in late) and not (block.late and block.ssd is State.READY), f"{name}: late"
         assert not (block.dirty or block.late) or block.dram is State.READY, f"{name}: to be written, without bytes"
         assert not block.gone or block.loads or block.demotion is not None or block.late or block in stores.values(), name
-        if block.key in dram_lru and not block.gone:
-            idle = not block.loads and block.demotion is None and not block.late
-            assert block.dram is State.READY and idle, f"{name}: evictable in use"
+        idle = not block.loads and block.demotion is None and not block.late
+        waits = block.dirty and drives.writing  # to be written
+        if not block.gone:
+            evictable = block.dram is State.READY and idle and not waits
+            assert (block.key in dram_lru) == evictable, f"{name}: evictable in use, or idle and not evictable"
 
 
 def _verify_pool(name: str, pool: SlotPool, slots: Iterable[int]) -> None:
