@@ -311,6 +311,9 @@ class BlockManager:
         drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
         block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
         if error == errno.EBADMSG:
+            if block.late:  # the engine has a spare piece of memory for its slot
+                drive.late_blocks.remove(block)
+                block.late = False
             self._forget(block)
         elif error == errno.ETIMEDOUT and not block.late:
             block.late = True

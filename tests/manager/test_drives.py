@@ -208,6 +208,19 @@ def test_a_late_block_that_arrives_while_its_drive_is_left_alone_for_another_rea
     assert books.demote() == [b"b0"]
 
 
+def test_a_late_block_that_is_lost_in_dram_is_not_its_drives_trial_for_ever():
+    """A write that finds its slot damaged says nothing about the drive, which was tried with nothing else any more."""
+    books = Books(dram=4, ssd=16)
+    books.store([b"late"])
+    books.demote(errno.ETIMEDOUT)
+    books.now += PAUSE_MIN_S
+    books.store([b"b"])
+    assert books.demote(errno.EBADMSG) == [b"late"]
+    assert books.tiers([b"late"]) == [None]
+    assert books.demote() == [b"b"]
+    assert books.manager.usage() == {Tier.DRAM: (1, 4), Tier.SSD: (1, 16)}
+
+
 def test_an_idle_engine_is_not_kept_awake_by_a_drive_that_hangs():
     books = Books(dram=4, ssd=8)
     books.store(prefix("a", 4))
