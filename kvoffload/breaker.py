@@ -40,6 +40,11 @@ class Breaker:
         return BreakerState.OPEN if self._clock() < self._until else BreakerState.HALF_OPEN
 
     @property
+    def again(self) -> bool:
+        """Whether it opened, the last time, before the drive had healed from the time before."""
+        return self._pause_s > PAUSE_MIN_S
+
+    @property
     def counts(self) -> bool:
         """Whether what ends now says anything about the drive."""
         return self.closed or self._trying

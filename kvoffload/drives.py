@@ -176,8 +176,8 @@ class Drives:
         """Returns whether the drive answered now, as `end_demotion`, and whether the block is to be forgotten.
 
         A late load stops reads at once: it cost its request seconds. An error stops them when it repeats. A block that the
-        drive failed is kept, for it may be sound; but not one that failed as a trial: if it were the cause, and much
-        wanted, the drive would never be taken back.
+        drive failed is kept, for it may be sound; but not one that failed as a trial or soon after one: if it were the cause,
+        and much wanted, the drive would never be taken back.
         """
         drive.loads -= 1
         if error in NOT_ASKED:
@@ -189,14 +189,14 @@ class Drives:
             if not drive.reads.closed:
                 self._close(drive, "read")
             return True, False
-        answers, is_trial = error != errno.ETIMEDOUT, not drive.reads.closed
-        if answers and not is_trial:
+        answers = error != errno.ETIMEDOUT
+        if answers and drive.reads.closed:
             drive.damaged += error == errno.EBADMSG
             drive.errors += error != errno.EBADMSG
             if drive.damaged < DAMAGED_MAX and drive.errors < ERRORS_MAX:
                 return True, True
         self._open(drive, "read", error)
-        return answers, is_trial or error == errno.EBADMSG
+        return answers, drive.reads.again or error == errno.EBADMSG
 
     def forget_trials(self) -> None:
         if not self.all_well:

@@ -95,6 +95,21 @@ def test_a_drive_that_failed_again_is_tried_with_one_block_again():
     assert sum(books.manager.lookup(key) is not None for key in blocks) == 1
 
 
+def test_a_slow_block_in_the_midst_of_a_prompt_does_not_keep_its_drive_away():
+    """The prompt's first block was the trial and succeeded; then the slow one was loaded beside it, late, and kept."""
+    books = Books(dram=4, ssd=8, tier=False)
+    books.store(prefix("a", 4))
+    books.demote()
+    for _ in range(4):
+        held = [key for key in prefix("a", 4) if books.manager.lookup(key) is not None]
+        books.manager.load(held, "r")
+        books.manager.end_step()
+        books.manager.load_done(held, "r", {b"a2": errno.ETIMEDOUT} if b"a2" in held else {})
+        books.manager.check()
+        books.now += books.manager._drives.of(0).reads.left_s()
+    assert books.tiers(prefix("a", 4)) == [Tier.SSD, Tier.SSD, None, Tier.SSD]
+
+
 def test_a_trial_takes_no_dram_slot_which_a_drive_that_still_hangs_would_keep():
     books = Books(dram=4, ssd=8)
     blocks = on_ssd_only(books, "a", 4)
