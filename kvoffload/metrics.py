@@ -25,7 +25,7 @@ METRICS = {
     "kvoffload_demotions_total": Metric("counter", "Blocks written to the SSD."),
     "kvoffload_demotion_failures_total": Metric("counter", "Blocks that could not be written to the SSD.", ("reason",)),
     "kvoffload_drive_state": Metric(
-        "gauge", "0: in use, 1: on trial, one operation at a time, 2: left alone after failures.", ("drive", "direction")
+        "gauge", "0: in use, 1: on trial, with as little as possible, 2: left alone after failures.", ("drive", "direction")
     ),  # drive: number of the path in nvme_path, from 0; direction: read, write
     "kvoffload_drive_openings_total": Metric(
         "counter", "Times a drive was left alone after failures, failed trials too.", ("drive", "direction", "reason")
