@@ -178,7 +178,7 @@ static int enter(int before, const char *name, bool is_first, int flags) {
     int fd = openat(before, name, O_PATH | O_DIRECTORY | O_CLOEXEC | flags), error = errno;
     if (before >= 0) close(before);
     struct stat found;
-    if (fd >= 0 && flags != 0 && fstat(fd, &found) == 0 && found.st_uid != geteuid() && !(is_first && found.st_uid == 0)) {
+    if (fd >= 0 && flags != 0 && (fstat(fd, &found) != 0 || (found.st_uid != geteuid() && !(is_first && found.st_uid == 0)))) {
         close(fd);
         fd = -1;
         error = EPERM;

@@ -141,5 +141,6 @@ def test_a_fault_on_one_of_two_ranks_changes_no_token(serve, baseline, prompts, 
     life.wait_until_loads_come_back()
     plan.read.set(stall=1)
     life.check_answers()
+    assert life.failures("read", "ETIMEDOUT") > 0
     plan.heal()
     life.wait_until_loads_come_back()
