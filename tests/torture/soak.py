@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "examples"))  # as tests/conftest.py does
 from tiny_models import VOCABULARY, make  # noqa: E402
 from vllm_process import EngineError, VllmProcess  # noqa: E402
 
-from kvoffload.layout import slot_bytes  # noqa: E402
+from kvoffload.layout import free_floor, slot_bytes  # noqa: E402
 from tests.e2e.offload import BLOCK  # noqa: E402
 from tests.e2e.test_caps import PAYLOAD, arena_bytes, disk_bytes  # noqa: E402
 
@@ -76,7 +76,7 @@ class Watch:
     """Looks at the disk and at the engine's memory all the time."""
 
     path: Path
-    floor: int  # free bytes the file system had to keep
+    floor: int  # bytes of the file system that stay free
     engine: VllmProcess | None = None
     peaks: Counter = field(default_factory=Counter)
     least_free: int = sys.maxsize
@@ -109,7 +109,7 @@ class Soak:
         self.known: dict[tuple[int, int], list[int]] = {}  # by namespace and prompt: its answer
         self.counts: Counter[str] = Counter()
         self.plain_growth = float("inf")  # of a worker, per answer
-        self.watch = Watch(self.nvme, shutil.disk_usage(folder).free - int(SSD_GB * 1e9) - 2**30)
+        self.watch = Watch(self.nvme, free_floor(shutil.disk_usage(folder).total))
 
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(3, VOCABULARY) for _ in range(count)]
