@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ERRORS_MAX = 3  # failed reads in a row that are the drive's fault; of fewer each is its sector's
 DAMAGED_MAX = 64  # the same of reads that brought wrong bytes: each says little about anything but its block
-QUIET_S = 5.0  # without an answer to its demotions, after which an idle engine no longer waits for a drive
+QUIET_S = 30.0  # without an answer to its demotions, after which an idle engine no longer waits for a drive
 FULL_S = 60.0  # before a full drive is asked for room once more
 NOT_ASKED = (errno.ECANCELED, errno.EREMOTEIO)  # the drive was not asked, or the GPU failed
 

@@ -9,7 +9,7 @@ BLOCK = 32  # tokens
 PROMPT = 30 * BLOCK
 POOL = {"max_model_len": 1056, "num_gpu_blocks_override": 40}  # a prompt of 30 blocks pushes out the one before
 SOURCES = ("device", "host", "disk")
-SETTLE_S = 30
+SETTLE_S = 60
 
 
 def ask(engine: VllmProcess, prompts: list[list[int]], **options) -> list[list[int]]:
