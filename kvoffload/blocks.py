@@ -1,12 +1,11 @@
 """What the block manager keeps about a block and hands out for it, and what it asks of the store. Scheduler side, one thread."""
 
-import errno
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from kvoffload.types import NO_SLOT, BlockKey
+from kvoffload.types import NO_SLOT, BlockKey, add_write_error
 
 
 class State(Enum):
@@ -83,8 +82,8 @@ class Demotions:
         if number not in self._blocks:
             return None
         self._acks[number] += ranks
-        if error and self._errors.get(number) != errno.ETIMEDOUT:  # a late write's memory is in use, whatever others say
-            self._errors[number] = error
+        if error:
+            add_write_error(self._errors, number, error)
         if self._acks[number] < self._ranks:
             return None
         del self._acks[number]

@@ -122,6 +122,12 @@ def add_errors(to: dict[BlockKey, int], errors: dict[BlockKey, int]) -> None:
         to[key] = max(error, to.get(key, error), key=weight)
 
 
+def add_write_error(to: dict[int, int], demotion: int, error: int) -> None:
+    """Adds what another rank says of a demotion. Lateness stays: that write's memory is in use, whatever others say."""
+    if to.get(demotion) != errno.ETIMEDOUT:
+        to[demotion] = error
+
+
 @dataclass
 class TransferReport:
     """What workers tell the scheduler side in one step; reports of several ranks add up."""
@@ -138,8 +144,8 @@ class TransferReport:
     def add(self, other: "TransferReport") -> None:
         for number, ranks in other.demoted.items():
             self.demoted[number] = self.demoted.get(number, 0) + ranks
-        late = {number: error for number, error in self.failed_demotions.items() if error == errno.ETIMEDOUT}
-        self.failed_demotions |= other.failed_demotions | late  # a late write's memory is in use, whatever other ranks say
+        for number, error in other.failed_demotions.items():
+            add_write_error(self.failed_demotions, number, error)
         for number, errors in other.failed.items():
             add_errors(self.failed.setdefault(number, {}), errors)
         self.attach_error = self.attach_error or other.attach_error
