@@ -34,6 +34,11 @@ def spare_slots(payload_bytes: int) -> int:
     return max(SPARE_SLOTS_MIN, min(SPARE_SLOTS_MAX, SPARE_BYTES // slot_bytes(payload_bytes)))
 
 
+def local_slots(slot_count: int, path_index: int, path_count: int) -> int:
+    """How many of `slot_count` slots, striped over the paths, lie on one of them."""
+    return (slot_count - path_index + path_count - 1) // path_count
+
+
 def ssd_slot_bytes(payload_bytes: int) -> int:
     """What one slot of a slot file costs on SSD, the file system's record of where it lies included.
 

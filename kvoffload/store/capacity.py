@@ -11,6 +11,7 @@ from ..layout import (
     SLOTS_MIN,
     SUPERBLOCK_BYTES,
     free_floor,
+    local_slots,
     slot_offset,
     ssd_slot_bytes,
     ssd_slots,
@@ -93,7 +94,7 @@ class Geometry:
 
     def path_bytes(self, path_index: int, slot_count: int) -> int:
         """Bytes on one path once every slot has been written."""
-        local = self._local(path_index, slot_count)
+        local = local_slots(slot_count, path_index, self.paths)
         journal = slot_count * JOURNAL_BYTES_PER_SLOT if path_index == 0 else 0
         return NAMESPACE_BYTES + self.ranks * (SUPERBLOCK_BYTES + local * ssd_slot_bytes(self.payload_bytes)) + journal
 
@@ -103,12 +104,8 @@ class Geometry:
         Nothing once the slot files have their full length: what they may hold beyond their bytes is a bound for what the
         file system may charge while they grow, and most of it is never taken.
         """
-        full = self.ranks * slot_offset(self._local(path_index, slot_count), self.payload_bytes)
+        full = self.ranks * slot_offset(local_slots(slot_count, path_index, self.paths), self.payload_bytes)
         return max(0, self.path_bytes(path_index, slot_count) - own) if own < full else 0
-
-    def _local(self, path_index: int, slot_count: int) -> int:
-        """How many of the slots lie on one path."""
-        return (slot_count - path_index + self.paths - 1) // self.paths
 
     def total_bytes(self, slot_count: int) -> int:
         return sum(self.path_bytes(index, slot_count) for index in range(self.paths))

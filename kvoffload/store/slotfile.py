@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import xxhash
 
 from ..errors import StoreError
-from ..layout import FORMAT_VERSION, SUPERBLOCK_BYTES, slot_offset
+from ..layout import FORMAT_VERSION, SUPERBLOCK_BYTES, local_slots, slot_offset
 from .directory import Directory
 
 MAGIC = b"KVOFILE1"
@@ -51,7 +51,7 @@ class Superblock:
 
     def local_slots(self, slot_count: int) -> int:
         """How many of `slot_count` slots, striped over the paths, lie in this file."""
-        return (slot_count - self.path_index + self.path_count - 1) // self.path_count
+        return local_slots(slot_count, self.path_index, self.path_count)
 
     def file_bytes(self, slot_count: int) -> int:
         """The file's size once every slot has been written."""
