@@ -122,6 +122,11 @@ static bool is_full_of_reads(kvo_engine *e, const kvo_store_file *files) {
     return files->reads + files->writes + keep >= files->depth;
 }
 
+/* Whether a file was noted in this scan: what could be started there was, and that is not asked again for each that waits. */
+static bool is_noted(const kvo_engine *e, const kvo_store_file *files, uint64_t full) {
+    return full >> (files - e->files) & 1;
+}
+
 /* Notes a file that takes no more in this scan. True when none does, so that the scan can end. */
 static bool note_full(const kvo_engine *e, const kvo_store_file *files, uint64_t *full) {
     _Static_assert(KVO_FILES_MAX <= 64, "a bit for each file");
@@ -146,6 +151,8 @@ void kvo_start_reads(kvo_engine *e) {
             kvo_finish(e, queue, record, -ENXIO);
         } else if (kvo_index_of(e, record) >= kvo_file_of(e, record)->file.allocated) {
             kvo_finish(e, queue, record, -EBADMSG);
+        } else if (is_noted(e, kvo_file_of(e, record), full)) {
+            continue;
         } else if (is_full_of_reads(e, kvo_file_of(e, record))) {
             if (note_full(e, kvo_file_of(e, record), &full)) return;
         } else if (has_spares_for(e, record) && !is_haunted(e, record->op.ssd_slot)) {
@@ -216,6 +223,8 @@ void kvo_start_writes(kvo_engine *e) {
             kvo_finish(e, queue, record, -ENXIO);
         } else if (kvo_index_of(e, record) >= kvo_file_of(e, record)->file.allocated) {
             grow(e, kvo_file_of(e, record), kvo_index_of(e, record));
+        } else if (is_noted(e, kvo_file_of(e, record), full)) {
+            continue;
         } else if (is_full(kvo_file_of(e, record)) ||
                    kvo_file_of(e, record)->writes >= writes_at_most(e, kvo_file_of(e, record))) {
             if (note_full(e, kvo_file_of(e, record), &full)) return;
