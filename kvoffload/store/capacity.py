@@ -1,6 +1,8 @@
 """How many slots the cap and the drives allow, when everything below kvoffload/ counts."""
 
+import logging
 import os
+from bisect import bisect_left
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
@@ -20,6 +22,8 @@ from ..types import NO_SLOT
 from . import digests
 from .directory import Directory
 from .namespace import LOCK, ROOT_LOCK, Manifest, holder, is_held, is_namespace
+
+logger = logging.getLogger(__name__)
 
 AUTOMATIC_SHARE = 0.8  # of what is free, so that the drive is never filled by a cache nobody sized
 
@@ -115,6 +119,7 @@ def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geome
     """How many slots there shall be; None as cap is automatic. StoreError, with figures, if that is impossible.
 
     sharers: engines of one deployment, each with a namespace of its own, among which the cap is divided evenly.
+    A cache that holds blocks already is not refused for want of free space: it gets the slots that fit, with a warning.
     """
     if cap_bytes is None:
         emptiest = min(_free_share(use, uses) for use in uses)
@@ -125,8 +130,17 @@ def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geome
     slot_count = geometry.slots(budget)
     if slot_count < geometry.least:
         raise StoreError(_too_small(cap_bytes, uses, geometry))
-    _check_free(cap_bytes, uses, geometry, slot_count)
-    return slot_count
+    short = _shortage(uses, geometry, slot_count)
+    if short is None:
+        return slot_count
+    cap = "ssd_kv_offload_gb=-1" if cap_bytes is None else f"ssd_kv_offload_gb ({cap_bytes} bytes)"
+    what = f"{short.paths} has {short.free} bytes free beside what is kept for others, but {cap} needs {short.needed} more there"
+    if any(geometry.still_needed(index, geometry.least, use.own) for index, use in enumerate(uses)):
+        raise StoreError(f"{what}: lower ssd_kv_offload_gb, free space, or name another nvme_path")
+    counts = range(geometry.least, slot_count)
+    fitting = counts[0] + bisect_left(counts, True, key=lambda count: _shortage(uses, geometry, count) is not None) - 1
+    logger.warning("%s: the cache has %d slots instead of %d until it is opened with more free space", what, fitting, slot_count)
+    return fitting
 
 
 def _free_share(use: PathUse, uses: Sequence[PathUse]) -> int:
@@ -150,15 +164,21 @@ def _too_small(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometr
     )
 
 
-def _check_free(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geometry, slot_count: int) -> None:
-    cap = "ssd_kv_offload_gb=-1" if cap_bytes is None else f"ssd_kv_offload_gb ({cap_bytes} bytes)"
+@dataclass(frozen=True)
+class Shortage:
+    """Of one drive, in bytes."""
+
+    paths: str
+    free: int
+    needed: int
+
+
+def _shortage(uses: Sequence[PathUse], geometry: Geometry, slot_count: int) -> Shortage | None:
+    """The first drive that has not enough free for the cache to grow to `slot_count` slots."""
     for device in dict.fromkeys(use.device for use in uses):
         sharing = [(index, use) for index, use in enumerate(uses) if use.device == device]
         needed = sum(geometry.still_needed(index, slot_count, use.own) for index, use in sharing)
-        free = min(use.free for _, use in sharing) - sum(use.pending for _, use in sharing)
-        if needed > max(0, free):
-            paths = " and ".join(use.path for _, use in sharing)
-            raise StoreError(
-                f"{paths} has {max(0, free)} bytes free beside what is kept for others, but {cap} needs {needed} more there: "
-                "lower ssd_kv_offload_gb, free space, or name another nvme_path"
-            )
+        free = max(0, min(use.free for _, use in sharing) - sum(use.pending for _, use in sharing))
+        if needed > free:
+            return Shortage(" and ".join(use.path for _, use in sharing), free, needed)
+    return None

@@ -282,8 +282,22 @@ def test_a_full_grown_cache_on_a_drive_that_others_filled_opens() -> None:
     slots = GEOMETRY.slots(150 * MB)
     full = [use(f"/{index}", free=0, own=GEOMETRY.path_bytes(index, slots)) for index in range(2)]
     assert decide_slots(150 * MB, full, GEOMETRY) == slots
+
+
+def test_a_cache_that_grew_partly_opens_with_the_slots_that_fit_a_drive_others_filled(caplog: pytest.LogCaptureFixture) -> None:
+    grown = GEOMETRY.slots(100 * MB)
+    uses = [use(f"/{index}", free=10 * MB, own=GEOMETRY.path_bytes(index, grown)) for index in range(2)]
+    slots = decide_slots(150 * MB, uses, GEOMETRY)
+    assert "/0 and /1 has 10000000 bytes free beside what is kept for others" in caplog.text
+    assert f"the cache has {slots} slots instead of {GEOMETRY.slots(150 * MB)}" in caplog.text
+    more = sum(GEOMETRY.path_bytes(index, slots) - use.own for index, use in enumerate(uses))
+    another = sum(GEOMETRY.path_bytes(index, slots + 1) - use.own for index, use in enumerate(uses))
+    assert 0 < more <= 10 * MB < another
+
+
+def test_a_cache_that_holds_next_to_nothing_is_refused_on_a_full_drive() -> None:
     with pytest.raises(StoreError, match="/0 and /1 has 0 bytes free beside what is kept for others"):
-        decide_slots(160 * MB, full, GEOMETRY)
+        decide_slots(150 * MB, [use(f"/{index}", free=0, own=20_000) for index in range(2)], GEOMETRY)
 
 
 def test_a_full_grown_cache_opens_on_a_full_drive_although_it_never_took_all_that_was_reserved(
@@ -296,8 +310,8 @@ def test_a_full_grown_cache_opens_on_a_full_drive_although_it_never_took_all_tha
     monkeypatch.setattr(capacity, "free_floor", lambda file_system_bytes: file_system_bytes)  # as if all were others'
     with open_store(tmp_path) as store:
         assert (store.slot_count, store.stats().resumed) == (slots, slots)
-    with pytest.raises(StoreError, match="has 0 bytes free beside what is kept for others"):
-        open_store(tmp_path, 21)
+    with open_store(tmp_path, 21) as store:  # it cannot grow to what a higher cap allows, and loses nothing of what it is
+        assert (store.slot_count, store.stats().resumed) == (slots, slots)
 
 
 def test_an_identity_of_megabytes_is_within_the_cap_and_its_cache_is_found_again(tmp_path: Path) -> None:
