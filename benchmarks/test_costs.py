@@ -24,7 +24,7 @@ def store(tmp_path):
 def filled(store: Store) -> BlockManager:
     """Every block in DRAM and on SSD."""
     manager = BlockManager(BLOCKS, store.slot_count, 1, store)
-    manager.store([(key, 0) for key in KEYS])
+    manager.store([(key, 0) for key in KEYS], "request")
     manager.store_done(KEYS)
     while demotions := manager.plan():
         for demotion in demotions:
@@ -60,4 +60,4 @@ def test_store_and_demotion_of_a_long_prompt(benchmark, store):
 def test_a_store_of_what_is_held_already(benchmark, store):
     manager = filled(store)
     pairs = [(key, 0) for key in KEYS]
-    assert benchmark(manager.store, pairs).placements == []
+    assert benchmark(manager.store, pairs, "request").placements == []

@@ -33,14 +33,16 @@ class Stored(NamedTuple):
 class Block:
     __slots__ = (
         "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
-        "dirty", "used", "loads", "demotion", "promoter", "late", "gone",
+        "dirty", "used", "user", "depth", "loads", "demotion", "promoter", "late", "gone",
     )  # fmt: skip
 
-    def __init__(self, key: BlockKey, group: int, generation: int, used: int):
+    def __init__(self, key: BlockKey, group: int, generation: int, used: int, depth: int = 0):
         self.key = key
         self.group = group
         self.generation = generation
         self.used = used  # when it was last used, on the manager's counter
+        self.user = ""  # the request that used it last
+        self.depth = depth  # its place in that request; 0 also when it is not known
         self.dram, self.dram_slot = State.ABSENT, NO_SLOT
         self.ssd, self.ssd_slot = State.ABSENT, NO_SLOT
         self.dirty = False  # ready in DRAM and still wanted on SSD

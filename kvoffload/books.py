@@ -4,36 +4,33 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from kvoffload.blocks import Block, State
-from kvoffload.drives import Drive, Drives
-from kvoffload.policy import EvictionPolicy
+from kvoffload.drives import Drive
+from kvoffload.index import Index
 from kvoffload.slots import SlotPool
 from kvoffload.types import NO_SLOT, BlockKey
 
 
 def verify(
-    blocks: Mapping[BlockKey, Block],
-    dirty: Mapping[BlockKey, Block],
+    index: Index,
     stores: Mapping[BlockKey, Block],
     loads: Collection[tuple[Block, Drive | None]],
     demotions: Iterable[Block],
-    dram: SlotPool,
-    dram_lru: EvictionPolicy,
-    drives: Drives,
 ) -> None:
-    """Every slot has one owner, counts add up, lists hold what they may. Raises AssertionError."""
+    """Every slot has one owner, counts add up, policies know what they should. Raises AssertionError."""
+    blocks, drives = index.blocks, index.drives
     loading = [block for block, _ in loads]
     late = [block for drive in drives for block in drive.late_blocks]
     everyone = {id(b): b for b in (*blocks.values(), *stores.values(), *loading, *demotions, *late)}
     late_slots = [slot for drive in drives for slot in drive.late_slots]
-    _verify_pool("dram", dram, [*(b.dram_slot for b in everyone.values() if b.dram is not State.ABSENT), *late_slots])
+    _verify_pool("dram", index.dram, [*(b.dram_slot for b in everyone.values() if b.dram is not State.ABSENT), *late_slots])
     on_ssd = [block for block in everyone.values() if block.ssd is not State.ABSENT]
     for drive in drives:
         here = [block for block in on_ssd if drives.of(block.ssd_slot) is drive]
         _verify_pool(f"drive {drive.number}", drive.pool, [block.ssd_slot for block in here])
         assert drive.loads == sum(source is drive for _, source in loads), f"drive {drive.number}: loads"
         assert drive.demotions == sum(block.ssd is State.MOVING_IN for block in here), f"drive {drive.number}: demotions"
-        evictable = [block for block in blocks.values() if block.key in drive.evictable]
-        assert len(evictable) == len(drive.evictable), f"drive {drive.number}: evictable, but not held"
+        evictable = [block for block in blocks.values() if drive.policy.evictable(block.key)]
+        assert len(evictable) == len(drive.policy), f"drive {drive.number}: evictable, but not there"
         idle = [block for block in here if block.ssd is State.READY and not block.loads and not block.gone]
         assert {id(block) for block in evictable} == {id(block) for block in idle}, f"drive {drive.number}: evictable"
     in_use = Counter(id(block) for block in loading)
@@ -42,15 +39,19 @@ def verify(
         assert block.gone == (blocks.get(block.key) is not block), name
         assert block.loads == in_use[id(block)], f"{name}: loads"
         assert (block.demotion is None) == (block.ssd is not State.MOVING_IN), f"{name}: demotion"
-        assert block.dirty == (dirty.get(block.key) is block), f"{name}: dirty"
+        assert block.dirty == (index.dirty.get(block.key) is block), f"{name}: dirty"
         assert block.late == (block in late) and not (block.late and block.ssd is State.READY), f"{name}: late"
         assert not (block.dirty or block.late) or block.dram is State.READY, f"{name}: to be written, without bytes"
         assert not block.gone or block.loads or block.demotion is not None or block.late or block in stores.values(), name
         idle = not block.loads and block.demotion is None and not block.late
+        assert block.gone or (block.key in index.dram_policy) == (block.dram is not State.ABSENT), f"{name}: in DRAM"
+        for drive in drives if not block.gone else ():
+            on_drive = block.ssd is not State.ABSENT and drives.of(block.ssd_slot) is drive
+            assert (block.key in drive.policy) == on_drive, f"{name}: on drive {drive.number}"
         waits = block.dirty and drives.writing  # to be written
         if not block.gone:
             evictable = block.dram is State.READY and idle and not waits
-            assert (block.key in dram_lru) == evictable, f"{name}: evictable in use, or idle and not evictable"
+            assert index.dram_policy.evictable(block.key) == evictable, f"{name}: evictable in use, or idle and not evictable"
 
 
 def _verify_pool(name: str, pool: SlotPool, slots: Iterable[int]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvoffload.blocks import Block
 from kvoffload.breaker import PAUSE_MIN_S, Breaker, BreakerState
-from kvoffload.policy import LRU, EvictionPolicy
+from kvoffload.policy import EvictionPolicy
 from kvoffload.slots import SlotPool
 from kvoffload.types import BlockKey
 
@@ -29,10 +29,10 @@ NOT_ASKED = (errno.ECANCELED, errno.EREMOTEIO)  # the drive was not asked, or th
 class Drive:
     """One nvme path: its slots, and what it is known of it now."""
 
-    def __init__(self, number: int, name: str, slots: range, clock: Callable[[], float]):
+    def __init__(self, number: int, name: str, slots: range, clock: Callable[[], float], policy: Callable[[int], EvictionPolicy]):
         self.number, self.name, self._clock = number, name, clock
         self.pool = SlotPool(slots)
-        self.evictable: EvictionPolicy = LRU()
+        self.policy = policy(len(slots))
         self.reads, self.writes = Breaker(clock), Breaker(clock)
         self.loads = self.demotions = 0  # in flight, in blocks
         self.trial: set[BlockKey] = set()  # what lookups of this step promised while reads are half-open
@@ -94,11 +94,12 @@ class Drives:
         slot_count: int,
         demotions_max: int,
         clock: Callable[[], float],
+        policy: Callable[[int], EvictionPolicy],
         counters: Counter[tuple[str, ...]],
     ):
         count = len(names)
         self._clock, self._counters = clock, counters
-        self._drives = [Drive(i, name, range(i, slot_count, count), clock) for i, name in enumerate(names)]
+        self._drives = [Drive(i, name, range(i, slot_count, count), clock, policy) for i, name in enumerate(names)]
         self._demotions_max = max(1, demotions_max // count)
         self._turn = 0
         self.all_well = self.writing = True  # see _look

@@ -20,8 +20,8 @@ from kvoffload.blocks import Block, Demotions, Journal, Placement, Recovered, St
 from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
 from kvoffload.drives import Drive, Drives
+from kvoffload.index import Index
 from kvoffload.policy import LRU, EvictionPolicy
-from kvoffload.slots import SlotPool
 from kvoffload.types import MILDEST_FIRST, NO_SLOT, BlockKey, Demotion, Tier
 
 logger = logging.getLogger(__name__)
@@ -41,37 +41,22 @@ class BlockManager:
         dram_is_tier: bool = True,
         drives: Sequence[str] = ("0",),
         recovered: Iterable[Recovered] = (),
+        policy: Callable[[int], EvictionPolicy] = LRU,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`dram_is_tier` False: DRAM slots only carry blocks to the SSD. `drives`: those that SSD slots are striped over, as
-        they are called in the log. `recovered`: oldest first."""
+        they are called in the log. `recovered`: oldest first. `policy`: makes one for so many blocks."""
         self.ranks = ranks
         self.dram_is_tier = dram_is_tier
         self._journal = journal
         self.counters: Counter[tuple[str, ...]] = Counter()
-        self._drives = Drives(drives, ssd_slots, min(DEMOTIONS_MAX, dram_slots), clock, self.counters)
+        self._drives = Drives(drives, ssd_slots, min(DEMOTIONS_MAX, dram_slots), clock, policy, self.counters)
         self._ssd_slots = ssd_slots
-        self._dram = SlotPool(range(dram_slots))
-        self._dram_lru: EvictionPolicy = LRU()
-        self._was_writing = self._drives.writing
-        self._blocks: dict[BlockKey, Block] = {}
-        self._dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
+        self._index = Index(dram_slots, dram_is_tier, self._drives, journal, policy, self.counters)
         self._stores: dict[BlockKey, Block] = {}
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None]] = {}  # by owner and key; None: from DRAM
         self._demotions = Demotions(ranks)
-        self._promised: set[BlockKey] = set()  # by lookups of this step
-        self._now = 0
-        self._recover(recovered)
-
-    def _recover(self, recovered: Iterable[Recovered]) -> None:
-        for entry in recovered:
-            block = Block(entry.key, entry.group, entry.generation, self._tick())
-            block.ssd, block.ssd_slot = State.READY, entry.slot
-            self._blocks[entry.key] = block
-            self._settle(block)
-        owned = {block.ssd_slot for block in self._blocks.values()}
-        for drive in self._drives:
-            drive.pool.claim(owned)
+        self._index.recover(recovered)
 
     # -- questions ---------------------------------------------------------------------------------------------
 
@@ -79,9 +64,9 @@ class BlockManager:
         """The nearest tier the block can be loaded from. The answer stays true until `end_step`."""
         tier = self.tier(key)
         if tier is not None:
-            self._promised.add(key)
+            self._index.promised.add(key)
             if tier is Tier.SSD and not self._drives.all_well:
-                self._drives.of(self._blocks[key].ssd_slot).promise(key)
+                self._drives.of(self._index.blocks[key].ssd_slot).promise(key)
         return tier
 
     def tier(self, key: BlockKey) -> Tier | None:
@@ -89,7 +74,7 @@ class BlockManager:
 
     def tiers(self, key: BlockKey) -> list[Tier]:
         """Every tier the block can be loaded from, the nearest first."""
-        block = self._blocks.get(key)
+        block = self._index.blocks.get(key)
         if block is None:
             return []
         tiers = []
@@ -102,12 +87,12 @@ class BlockManager:
     def pending(self) -> bool:
         """Whether there is background work that needs further steps now. An idle engine steps a thousand times a second,
         so neither for a drive that hangs nor through long pauses: the next request's steps go on with it."""
-        return self._drives.answering() or bool(self._dirty) and self._drives.writes_soon()
+        return self._drives.answering() or bool(self._index.dirty) and self._drives.writes_soon()
 
     def usage(self) -> dict[Tier, tuple[int, int]]:
         """Slots used and slots there are, by tier."""
         return {
-            Tier.DRAM: (self._dram.count - self._dram.free(), self._dram.count),
+            Tier.DRAM: (self._index.dram.count - self._index.dram.free(), self._index.dram.count),
             Tier.SSD: (self._ssd_slots - sum(drive.pool.free() for drive in self._drives), self._ssd_slots),
         }
 
@@ -124,7 +109,7 @@ class BlockManager:
         for what a lookup promised in the same step, but its recomputing is better than our raising.
         REQUIRES: `owner` has no other load of the same key in flight.
         """
-        self._use(keys)  # before slots are taken: what moves in must not push out what is loaded beside it
+        self._index.use(keys, owner)  # before slots are taken: what moves in must not push out what is loaded beside it
         placements = []
         may_move_in = self.dram_is_tier
         for key in keys:
@@ -132,21 +117,22 @@ class BlockManager:
             if tier is None:
                 placements.append(Placement(key, 0, NO_SLOT, NO_SLOT))
                 continue
-            block = self._blocks[key]
+            block = self._index.blocks[key]
             block.loads += 1
             drive = self._drives.of(block.ssd_slot) if tier is Tier.SSD else None
             self._loads[owner, key] = block, drive
-            self._settle(block)
+            self._index.settle(block)
             if drive is None:
                 placements.append(Placement(key, block.generation, block.dram_slot, NO_SLOT))
                 continue
             self._drives.begin_load(drive)
             slot = NO_SLOT
             if may_move_in and block.dram is State.ABSENT and drive.reads.closed:  # a trial must not keep a DRAM slot
-                slot = self._take_dram_slot()
+                slot = self._index.take_dram_slot()
                 may_move_in = slot != NO_SLOT  # asking again for every block would look through all that is promised
             if slot != NO_SLOT:
                 block.dram, block.dram_slot, block.promoter = State.MOVING_IN, slot, owner
+                self._index.dram_policy.enter(key, block.used, block.depth)
             placements.append(Placement(key, block.generation, slot, block.ssd_slot))
         return placements
 
@@ -172,9 +158,9 @@ class BlockManager:
             if error:
                 self.counters["kvoffload_load_failures_total",] += 1
             if spoiled:
-                self._forget(block)
-            self._settle(block)
-        self._settle_dirty()
+                self._index.forget(block)
+            self._index.settle(block)
+        self._index.settle_dirty()
 
     def _end_promotion(self, block: Block, drive: Drive | None, error: int) -> None:
         block.promoter = None
@@ -182,42 +168,46 @@ class BlockManager:
         if error == errno.ETIMEDOUT and drive is not None:
             drive.late_slots.append(block.dram_slot)
             block.dram, block.dram_slot = State.ABSENT, NO_SLOT
+            if not block.gone:
+                self._index.dram_policy.leave(block.key)
         elif error:
-            self._drop_dram(block)
+            self._index.drop_dram(block)
 
     # -- stores ------------------------------------------------------------------------------------------------
 
-    def store(self, keys: Sequence[tuple[BlockKey, int]], own: Container[BlockKey] = ()) -> Stored:
+    def store(self, keys: Sequence[tuple[BlockKey, int]], owner: str, own: Mapping[BlockKey, int] = NOTHING) -> Stored:
         """DRAM slots for those of `keys` (key, group; prefix order) that are not held yet; the rest is dropped when no
         slot is free. Each placed block is moving in until `store_done`.
 
-        Blocks in `own`, those of the same request, are not evicted unless they are on SSD: a prefix must not lose its
-        head to its tail.
+        `own`: all blocks of the request, `owner`, by their place in it. They are not evicted unless they are on SSD: a prefix
+        must not lose its head to its tail.
         """
-        unsaved = Unsaved(own, self._blocks)
-        self._use([key for key, _ in keys])
+        unsaved = Unsaved(own, self._index.blocks)
+        self._index.use([key for key, _ in keys], owner)
         placements: list[Placement] = []
         missing = [(key, group) for key, group in keys if not self._holds(key)]
         useless = not self.dram_is_tier and not self._drives.take_stores()  # bounce slots would only fill up
         for key, group in missing if not useless else ():
-            slot = self._take_dram_slot(unsaved)
+            slot = self._index.take_dram_slot(unsaved)
             if slot == NO_SLOT:
                 break
-            if key in self._blocks:
-                self._forget_and_settle(self._blocks[key])
-            block = Block(key, group, self._journal.next_generation(), 0)
-            block.dram, block.dram_slot = State.MOVING_IN, slot
-            self._blocks[key] = self._stores[key] = block
+            if key in self._index.blocks:
+                self._index.forget_and_settle(self._index.blocks[key])
+            block = Block(key, group, self._journal.next_generation(), 0, own.get(key, 0))
+            block.dram, block.dram_slot, block.user = State.MOVING_IN, slot, owner
+            self._index.blocks[key] = self._stores[key] = block
             placements.append(Placement(key, block.generation, slot, NO_SLOT))
         for placement in reversed(placements):  # the head of a prefix is the last to leave
-            self._blocks[placement.key].used = self._tick()
+            block = self._index.blocks[placement.key]
+            block.used = self._index.tick()
+            self._index.dram_policy.enter(block.key, block.used, block.depth)
         dropped = sum(not self._holds(key) for key, _ in keys)
         self.counters["kvoffload_dropped_stores_total",] += dropped
         return Stored(placements, dropped)
 
     def _holds(self, key: BlockKey) -> bool:
         """Whether storing the block would add nothing. It does if its only copy is on a drive that is left alone."""
-        block = self._blocks.get(key)
+        block = self._index.blocks.get(key)
         if block is None or self._drives.all_well:
             return block is not None
         if block.dram is not State.ABSENT:
@@ -233,36 +223,29 @@ class BlockManager:
             block.dram = State.READY
             if key in failed:
                 self.counters["kvoffload_store_failures_total",] += 1
-                self._forget(block)
+                self._index.forget(block)
             elif self._ssd_slots and not block.gone:
                 block.dirty = True
-                self._dirty[key] = block
-            self._settle(block)
+                self._index.dirty[key] = block
+            self._index.settle(block)
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        """The blocks (prefix order) were used just now. Eviction takes the tail of a prefix before its head."""
-        on_ssd = [block.key for block in self._use(keys) if block.ssd is State.READY]
+    def touch(self, keys: Sequence[BlockKey], owner: str) -> None:
+        """The request used the blocks, all that it has in prefix order, just now. Eviction takes the tail of a prefix before
+        its head."""
+        on_ssd = [block.key for block in self._index.use(keys, owner) if block.ssd is State.READY]
         if on_ssd:
             self._journal.touch(on_ssd)
-
-    def _use(self, keys: Sequence[BlockKey]) -> list[Block]:
-        """Notes that those of `keys` there are were used just now, the last one first."""
-        blocks = [self._blocks[key] for key in reversed(keys) if key in self._blocks]
-        for block in blocks:
-            block.used = self._tick()
-            self._settle(block)
-        return blocks
 
     # -- demotion ----------------------------------------------------------------------------------------------
 
     def plan(self) -> list[Demotion]:
         """Demotions to start now, so that DRAM slots are clean before they are needed."""
         demotions = [] if self._drives.all_well else self._plan_trials()
-        while self._dirty:
-            slot = self._take_ssd_slot(self._drives.to_write())
+        while self._index.dirty:
+            slot = self._index.take_ssd_slot(self._drives.to_write())
             if slot == NO_SLOT:
                 break
-            block = self._dirty.pop(next(iter(self._dirty)))
+            block = self._index.dirty.pop(next(iter(self._index.dirty)))
             block.dirty = False
             demotions.append(self._demote(block, slot))
         return demotions
@@ -272,7 +255,7 @@ class BlockManager:
         demotions = []
         for drive in self._drives.to_write():
             block = drive.late_blocks[0] if drive.late_blocks else None
-            slot = self._take_ssd_slot([drive]) if block is not None else NO_SLOT
+            slot = self._index.take_ssd_slot([drive]) if block is not None else NO_SLOT
             if block is not None and slot != NO_SLOT:
                 demotions.append(self._demote(block, slot))
         return demotions
@@ -280,8 +263,11 @@ class BlockManager:
     def _demote(self, block: Block, slot: int) -> Demotion:
         block.ssd, block.ssd_slot = State.MOVING_IN, slot
         number = self._demotions.begin(block)
-        self._drives.begin_demotion(self._drives.of(slot))
-        self._settle(block)
+        drive = self._drives.of(slot)
+        self._drives.begin_demotion(drive)
+        if not block.gone:
+            drive.policy.enter(block.key, block.used, block.depth)
+        self._index.settle(block)
         return Demotion(number, block.key, block.group, block.generation, block.dram_slot, slot)
 
     def ack(self, demotion: int, ranks: int, error: int = 0) -> None:
@@ -303,18 +289,20 @@ class BlockManager:
             self.counters["kvoffload_demotions_total",] += 1
             if not block.gone:
                 self._journal.put(block.key, block.ssd_slot, block.generation, block.group)
-        self._settle(block)
-        self._settle_dirty()
+        self._index.settle(block)
+        self._index.settle_dirty()
 
     def _demotion_failed(self, block: Block, drive: Drive, error: int) -> None:
         self.counters["kvoffload_demotion_failures_total", errno.errorcode.get(error, str(error))] += 1
         drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
         block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
+        if not block.gone:
+            drive.policy.leave(block.key)
         if error == errno.EBADMSG:
             if block.late:  # the engine has a spare piece of memory for its slot
                 drive.late_blocks.remove(block)
                 block.late = False
-            self._forget(block)
+            self._index.forget(block)
         elif error == errno.ETIMEDOUT and not block.late:
             block.late = True
             drive.late_blocks.append(block)
@@ -324,10 +312,10 @@ class BlockManager:
     def _want_on_ssd(self, block: Block) -> None:
         """Once more: its demotion failed. A bounce slot is not worth keeping for a drive that is left alone."""
         if not self.dram_is_tier and not self._drives.take_stores():
-            self._forget(block)
+            self._index.forget(block)
         elif not block.gone:
             block.dirty = True
-            self._dirty[block.key] = block
+            self._index.dirty[block.key] = block
 
     def _take_back_blocks(self, drive: Drive) -> None:
         """The drive answered a write: it has let go of the DRAM slots of late ones, and of late loads."""
@@ -337,44 +325,37 @@ class BlockManager:
             block.late = False
             if block.ssd is State.ABSENT:
                 self._want_on_ssd(block)
-            self._settle(block)
+            self._index.settle(block)
 
     def _take_back_slots(self, drive: Drive) -> None:
         """The same of a read, which says nothing of late writes: a frozen file system is still read."""
         slots, drive.late_slots = drive.late_slots, []
         for slot in slots:
-            self._dram.give_back(slot)
-
-    def _settle_dirty(self) -> None:
-        """While no drive takes them, blocks that wait to be written may be evicted."""
-        if self._was_writing is not self._drives.writing:
-            self._was_writing = self._drives.writing
-            for block in list(self._dirty.values()):
-                self._settle(block)
+            self._index.dram.give_back(slot)
 
     def disable_ssd(self) -> None:
         """The slot files cannot be used in this life: nothing more is read from them or written to them. The journal
         keeps what it knows for the next one."""
         self._drives.never_use()
-        for block in list(self._blocks.values()):
+        for block in list(self._index.blocks.values()):
             if block.ssd is State.READY and block.dram is not State.READY:
-                self._forget(block, journal=False)
+                self._index.forget(block, journal=False)
             elif block.ssd is State.READY:
-                self._drop_ssd(block)
-            self._settle(block)
-        self._settle_dirty()
+                self._index.drop_ssd(block)
+            self._index.settle(block)
+        self._index.settle_dirty()
 
     # -- the end of a step, of a block, of everything ------------------------------------------------------------
 
     def end_step(self) -> None:
         """Lookups of this step whose blocks were not loaded lose their promise."""
-        self._promised.clear()
+        self._index.promised.clear()
         self._drives.forget_trials()
 
     def reset(self) -> None:
         """Forgets every block, in DRAM and on SSD. REQUIRES: workers finish all loads and stores in flight before they
         start another."""
-        blocks = [*self._blocks.values(), *(block for block, _ in self._loads.values()), *self._stores.values()]
+        blocks = [*self._index.blocks.values(), *(block for block, _ in self._loads.values()), *self._stores.values()]
         for _, drive in self._loads.values():
             if drive is not None:
                 drive.loads -= 1
@@ -385,108 +366,11 @@ class BlockManager:
             block.promoter = None
             if block.dram is State.MOVING_IN:
                 block.dram = State.READY
-            self._forget_and_settle(block, journal=False)
-        self._promised.clear()
+            self._index.forget_and_settle(block, journal=False)
+        self._index.promised.clear()
         self._journal.clear()
-
-    def _forget(self, block: Block, journal: bool = True) -> None:
-        """Takes the block out of the index; `_settle` frees its slots once nothing uses them."""
-        if block.gone:
-            return
-        block.gone = True
-        block.dirty = False
-        del self._blocks[block.key]
-        self._dirty.pop(block.key, None)
-        self._dram_lru.remove(block.key)
-        if block.ssd is State.READY:
-            self._drives.of(block.ssd_slot).evictable.remove(block.key)
-            if journal:
-                self._journal.delete(block.key)
-
-    def _forget_and_settle(self, block: Block, journal: bool = True) -> None:
-        self._forget(block, journal)
-        self._settle(block)
-
-    def _tick(self) -> int:
-        self._now += 1
-        return self._now
-
-    # -- slots -------------------------------------------------------------------------------------------------
-
-    def _settle(self, block: Block) -> None:
-        """Puts the block on the eviction lists it belongs to and frees the slots it no longer needs."""
-        idle = block.loads == 0 and block.demotion is None and not block.late
-        if block.gone:
-            if idle:
-                self._drop_dram(block)
-                self._drop_ssd(block)
-            return
-        ready = block.dram is State.READY and idle
-        if ready and not self.dram_is_tier and block.ssd is State.READY:
-            self._drop_dram(block)  # the bounce slot did its duty
-            ready = False
-        if ready and (not block.dirty or not self._drives.writing):
-            self._dram_lru.add(block.key, block.used)
-        else:
-            self._dram_lru.remove(block.key)
-        if block.ssd is State.READY:
-            evictable = self._drives.of(block.ssd_slot).evictable
-            if block.loads == 0:
-                evictable.add(block.key, block.used)
-            else:
-                evictable.remove(block.key)
-
-    def _drop_dram(self, block: Block) -> None:
-        if block.dram is State.READY:
-            self._dram.give_back(block.dram_slot)
-            block.dram, block.dram_slot = State.ABSENT, NO_SLOT
-
-    def _drop_ssd(self, block: Block) -> None:
-        if block.ssd is State.READY:
-            drive = self._drives.of(block.ssd_slot)
-            if not block.gone:  # else it is on no list, but a younger block of the same key may be
-                drive.evictable.remove(block.key)
-            drive.pool.give_back(block.ssd_slot)
-            block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
-
-    def _take_dram_slot(self, *exempt: Container[BlockKey]) -> int:
-        """A free DRAM slot, evicting if need be; NO_SLOT if everything is in use, promised or dirty."""
-        slot = self._dram.take()
-        if slot is not None:
-            return slot
-        key = self._dram_lru.victim(self._promised, *exempt)
-        if key is None:
-            return NO_SLOT
-        block = self._blocks[key]
-        slot = block.dram_slot
-        block.dram, block.dram_slot = State.ABSENT, NO_SLOT
-        self.counters["kvoffload_evictions_total", Tier.DRAM.value] += 1
-        if block.ssd is State.ABSENT:
-            self._forget(block)
-        return slot
-
-    def _take_ssd_slot(self, drives: Sequence[Drive]) -> int:
-        """A free slot of the first of `drives` that has one, else one of theirs by eviction; NO_SLOT if everything there is in
-        use or promised."""
-        for drive in drives:
-            slot = drive.take_slot()
-            if slot is not None:
-                return slot
-        victims = (drive.evictable.victim(self._promised) for drive in drives)
-        key = next((key for key in victims if key is not None), None)
-        if key is None:  # a full drive that has nothing of ours to give up may have room by now
-            return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
-        block = self._blocks[key]
-        slot = block.ssd_slot
-        block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
-        self._journal.delete(key)
-        self.counters["kvoffload_evictions_total", Tier.SSD.value] += 1
-        # A DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block.
-        if block.dram is State.ABSENT:
-            self._forget(block)
-        return slot
 
     def check(self) -> None:
         """Verifies the books. Raises AssertionError."""
         loads, demotions = self._loads.values(), self._demotions.blocks()
-        verify(self._blocks, self._dirty, self._stores, loads, demotions, self._dram, self._dram_lru, self._drives)
+        verify(self._index, self._stores, loads, demotions)

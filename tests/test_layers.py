@@ -11,7 +11,7 @@ PACKAGE = ROOT / "kvoffload"
 # Each part, and the parts of kvoffload it may import beside itself. A new file must be given its place here.
 VOCABULARY = {"types", "layout", "errors"}
 SHARED = VOCABULARY | {"config", "slots", "metrics"}
-SCHEDULER_SIDE = {"manager", "books", "drives", "breaker", "policy", "store"}
+SCHEDULER_SIDE = {"manager", "books", "index", "drives", "breaker", "policy", "store"}
 EVERYTHING = SHARED | SCHEDULER_SIDE | {"engine", "worker"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "store": SHARED,
     "breaker": SHARED,
     "drives": SHARED | {"breaker", "policy", "blocks"},
-    "books": SHARED | {"drives", "policy", "blocks"},
-    "manager": SHARED | {"books", "drives", "breaker", "policy", "blocks", "store"},
+    "index": SHARED | {"drives", "policy", "blocks"},
+    "books": SHARED | {"index", "drives", "blocks"},
+    "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "store"},
     "vllm": EVERYTHING,
     "cli": EVERYTHING | {"vllm"},
 }

@@ -222,9 +222,9 @@ class ManagerAdapter(OffloadingManager):
         contract.note_keys(req_context, keys)
         positions = contract.key_positions(req_context)
         in_order = sorted(own_keys, key=lambda own: positions.get(own_keys[own], 0))
-        own = set(self._own_keys(req_context)) if salt else positions
+        own = {key: place for place, key in enumerate(self._own_keys(req_context))} if salt else positions
         stored = self._core.store(
-            [(key, self._group_numbers[get_offload_group_idx(key)]) for key in in_order], own
+            [(key, self._group_numbers[get_offload_group_idx(key)]) for key in in_order], req_context.req_id, own
         )
         notes.has_hole = stored.dropped > 0
         by_key = {placement.key: placement for placement in stored.placements}
@@ -247,7 +247,7 @@ class ManagerAdapter(OffloadingManager):
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         # Not in `touch`: vLLM calls it too often, from the first key to the last, and since 0.31 nowhere.
-        self._core.touch(self._own_keys(req_context))
+        self._core.touch(self._own_keys(req_context), req_context.req_id)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._core.end_step()

@@ -19,7 +19,7 @@ class Books:
         self.manager = BlockManager(dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, clock=lambda: self.now)
 
     def store(self, blocks: list[bytes]) -> list[bytes]:
-        stored = [place.key for place in self.manager.store([(key, 0) for key in blocks]).placements]
+        stored = [place.key for place in self.manager.store([(key, 0) for key in blocks], "w").placements]
         self.manager.store_done(stored)
         self.manager.check()
         return stored
@@ -33,3 +33,8 @@ class Books:
 
     def tiers(self, blocks: list[bytes]) -> list[Tier | None]:
         return [self.manager.tier(key) for key in blocks]
+
+
+def places(keys: list[bytes]) -> dict[bytes, int]:
+    """The place of each key in its request."""
+    return {key: place for place, key in enumerate(keys)}

@@ -9,6 +9,7 @@ import pytest
 from kvoffload import drives as drives_module
 from kvoffload.breaker import PAUSE_MAX_S, PAUSE_MIN_S, Breaker, BreakerState
 from kvoffload.drives import DAMAGED_MAX, ERRORS_MAX, QUIET_S, Drives
+from kvoffload.policy import LRU
 
 DEMOTIONS = 8
 
@@ -27,7 +28,7 @@ def clock():
 
 @pytest.fixture
 def drives(clock):
-    return Drives(["0 (/a)", "1 (/b)"], 20, DEMOTIONS, clock, Counter())
+    return Drives(["0 (/a)", "1 (/b)"], 20, DEMOTIONS, clock, LRU, Counter())
 
 
 def read(drive, drives, error=0):
@@ -215,7 +216,7 @@ def test_an_idle_engine_waits_for_drives_that_answer_only(drives, clock):
 def test_a_drives_failure_is_said_once_and_counted_each_time(clock, monkeypatch):
     counters, texts = Counter(), []
     monkeypatch.setattr(drives_module.logger, "warning", lambda text, *values: texts.append(text % values))
-    drives = Drives(["0 (/a)", "1 (/b)"], 20, DEMOTIONS, clock, counters)
+    drives = Drives(["0 (/a)", "1 (/b)"], 20, DEMOTIONS, clock, LRU, counters)
     _, second = drives
     for _ in range(20):
         read(second, drives, errno.ETIMEDOUT)

@@ -182,11 +182,11 @@ def test_dram_that_a_late_load_may_still_fill_is_not_given_away_until_the_drive_
     (place,) = books.manager.load(blocks[:1], "r")
     books.manager.load_done(blocks[:1], "r", {blocks[0]: errno.ETIMEDOUT})
     books.manager.check()
-    placed = books.manager.store([(key, 0) for key in prefix("b", 4)]).placements
+    placed = books.manager.store([(key, 0) for key in prefix("b", 4)], "w").placements
     assert len(placed) == 3 and place.dram_slot not in [other.dram_slot for other in placed]
     books.now += PAUSE_MIN_S
     assert load(books, blocks[1:2]) == [Tier.SSD]
-    (again,) = books.manager.store([(b"b3", 0)]).placements
+    (again,) = books.manager.store([(b"b3", 0)], "w").placements
     assert again.dram_slot == place.dram_slot
 
 

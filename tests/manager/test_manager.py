@@ -4,7 +4,7 @@ import pytest
 
 from kvoffload.breaker import PAUSE_MIN_S
 from kvoffload.types import NO_SLOT, Tier
-from tests.manager.books import Books, prefix
+from tests.manager.books import Books, places, prefix
 
 
 def test_a_stored_block_is_found_in_dram_and_then_on_ssd_too():
@@ -57,7 +57,7 @@ def test_touching_a_request_keeps_its_head_longest():
     books = Books(dram=6, ssd=0)
     books.store(prefix("a", 3))
     books.store(prefix("b", 3))
-    books.manager.touch(prefix("a", 3))
+    books.manager.touch(prefix("a", 3), "r")
     books.store(prefix("c", 4))
     assert books.tiers(prefix("b", 3)) == [None] * 3
     assert books.tiers(prefix("a", 3)) == [Tier.DRAM, Tier.DRAM, None]
@@ -173,7 +173,7 @@ def test_a_store_does_not_evict_its_own_prefix():
     books = Books(dram=8, ssd=0)
     books.store(prefix("a", 6))
     books.store(prefix("b", 2))
-    stored = books.manager.store([(key, 0) for key in prefix("a", 12)], own=set(prefix("a", 12)))
+    stored = books.manager.store([(key, 0) for key in prefix("a", 12)], "w", own=places(prefix("a", 12)))
     assert [place.key for place in stored.placements] == [b"a6", b"a7"]
     assert stored.dropped == 4
     assert books.tiers(prefix("a", 6)) == [Tier.DRAM] * 6
@@ -183,7 +183,7 @@ def test_a_prompt_longer_than_dram_goes_to_the_ssd_whole():
     books = Books(dram=10, ssd=200)
     blocks = prefix("a", 100)
     for start in range(0, 100, 5):
-        stored = books.manager.store([(key, 0) for key in blocks[start : start + 5]], own=set(blocks))
+        stored = books.manager.store([(key, 0) for key in blocks[start : start + 5]], "w", own=places(blocks))
         assert stored.dropped == 0
         books.manager.store_done([place.key for place in stored.placements])
         books.demote()
@@ -212,7 +212,7 @@ def test_a_late_copy_from_dram_says_nothing_about_the_ssd():
 
 def test_a_failed_store_leaves_nothing_behind():
     books = Books(dram=4, ssd=8)
-    placed = books.manager.store([(key, 0) for key in prefix("a", 2)]).placements
+    placed = books.manager.store([(key, 0) for key in prefix("a", 2)], "w").placements
     books.manager.store_done([place.key for place in placed], failed={b"a1"})
     assert books.tiers(prefix("a", 2)) == [Tier.DRAM, None]
     assert books.demote() == [b"a0"]
@@ -326,7 +326,7 @@ def test_one_load_does_not_look_for_dram_slots_again_and_again():
     for key in [*prefix("b", 200), *prefix("a", 200)]:
         books.manager.lookup(key)
     asked = []
-    take = books.manager._take_dram_slot
-    books.manager._take_dram_slot = lambda *exempt: asked.append(1) or take(*exempt)
+    take = books.manager._index.take_dram_slot
+    books.manager._index.take_dram_slot = lambda *exempt: asked.append(1) or take(*exempt)
     books.manager.load(prefix("a", 200), "r")
     assert len(asked) == 1

@@ -226,7 +226,7 @@ class World:
     def check(self) -> None:
         """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else."""
         self.manager.check()
-        on_ssd = {key for key, block in self.manager._blocks.items() if block.ssd is State.READY}
+        on_ssd = {key for key, block in self.manager._index.blocks.items() if block.ssd is State.READY}
         assert set(self.journal.blocks) == on_ssd
 
     def _request(self, name: str) -> list[BlockKey]:
@@ -239,11 +239,11 @@ class World:
             places = self.manager.load(loaded, name)
             self.jobs[name] = Job("load", places, {}, len(places) * self.ranks)
             self._begin("load", places, name)
-        self.manager.touch(keys)
+        self.manager.touch(keys, name)
         return keys
 
     def _store(self, name: str, keys: list[BlockKey]) -> None:
-        places = self.manager.store([(key, 0) for key in keys]).placements
+        places = self.manager.store([(key, 0) for key in keys], name).placements
         if not places:
             return
         name += " store"

@@ -195,10 +195,10 @@ class Deployment:
         if hits and self.rng.random() < 0.7:
             self._begin("load", owner, self.manager.load(hits, owner), numbers)
         elif self.rng.random() < 0.8:
-            stored = self.manager.store(list(zip(keys, map(group_of, numbers), strict=True)), keys)
+            stored = self.manager.store(list(zip(keys, map(group_of, numbers), strict=True)), owner, dict.fromkeys(keys, 0))
             self._begin("store", owner, stored.placements, numbers)
         if self.rng.random() < 0.5:
-            self.manager.touch(keys)
+            self.manager.touch(keys, owner)
 
     def _begin(self, kind: str, owner: str, places: list[Placement], numbers: list[int]) -> None:
         if not places:

@@ -1,0 +1,161 @@
+"""The index: which block lies in which slot of which tier, and which of them may leave. Scheduler side, one thread.
+
+It knows blocks and slots; what is in flight, and why, is the block manager's affair.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
+
+from kvoffload.blocks import Block, Journal, Recovered, State
+from kvoffload.drives import Drive, Drives
+from kvoffload.policy import EvictionPolicy
+from kvoffload.slots import SlotPool
+from kvoffload.types import NO_SLOT, BlockKey, Tier
+
+
+class Index:
+    def __init__(
+        self,
+        dram_slots: int,
+        dram_is_tier: bool,
+        drives: Drives,
+        journal: Journal,
+        policy: Callable[[int], EvictionPolicy],
+        counters: Counter[tuple[str, ...]],
+    ):
+        self.dram_is_tier, self.drives, self._journal, self._counters = dram_is_tier, drives, journal, counters
+        self.blocks: dict[BlockKey, Block] = {}
+        self.dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
+        self.promised: set[BlockKey] = set()  # by lookups of this step: not evicted
+        self.dram = SlotPool(range(dram_slots))
+        self.dram_policy = policy(dram_slots)
+        self._was_writing = drives.writing
+        self._now = 0
+
+    def recover(self, recovered: Iterable[Recovered]) -> None:
+        for entry in recovered:
+            block = Block(entry.key, entry.group, entry.generation, self.tick())
+            block.ssd, block.ssd_slot = State.READY, entry.slot
+            self.blocks[entry.key] = block
+            self.drives.of(entry.slot).policy.enter(block.key, block.used, 0)
+            self.settle(block)
+        owned = {block.ssd_slot for block in self.blocks.values()}
+        for drive in self.drives:
+            drive.pool.claim(owned)
+
+    def use(self, keys: Sequence[BlockKey], owner: str) -> list[Block]:
+        """Notes that the request used those of `keys` there are just now, the last one first."""
+        blocks = [self.blocks[key] for key in reversed(keys) if key in self.blocks]
+        for block in blocks:
+            now = block.used = self.tick()
+            again = block.user == owner
+            block.user = owner
+            if block.dram is not State.ABSENT:
+                self.dram_policy.use(block.key, now, again)
+            if block.ssd is not State.ABSENT:
+                self.drives.of(block.ssd_slot).policy.use(block.key, now, again)
+        return blocks
+
+    def settle_dirty(self) -> None:
+        """While no drive takes them, blocks that wait to be written may be evicted."""
+        if self._was_writing is not self.drives.writing:
+            self._was_writing = self.drives.writing
+            for block in list(self.dirty.values()):
+                self.settle(block)
+
+    def forget(self, block: Block, journal: bool = True) -> None:
+        """Takes the block out of the index; `settle` frees its slots once nothing uses them."""
+        if block.gone:
+            return
+        block.gone = True
+        block.dirty = False
+        del self.blocks[block.key]
+        self.dirty.pop(block.key, None)
+        self.dram_policy.leave(block.key)
+        if block.ssd is not State.ABSENT:
+            self.drives.of(block.ssd_slot).policy.leave(block.key)
+        if block.ssd is State.READY and journal:
+            self._journal.delete(block.key)
+
+    def forget_and_settle(self, block: Block, journal: bool = True) -> None:
+        self.forget(block, journal)
+        self.settle(block)
+
+    def tick(self) -> int:
+        self._now += 1
+        return self._now
+
+    def settle(self, block: Block) -> None:
+        """Tells policies whether the block may be evicted, and frees the slots it no longer needs."""
+        idle = block.loads == 0 and block.demotion is None and not block.late
+        if block.gone:
+            if idle:
+                self.drop_dram(block)
+                self.drop_ssd(block)
+            return
+        ready = block.dram is State.READY and idle
+        if ready and not self.dram_is_tier and block.ssd is State.READY:
+            self.drop_dram(block)  # the bounce slot did its duty
+            ready = False
+        if ready and (not block.dirty or not self.drives.writing):
+            self.dram_policy.release(block.key)
+        else:
+            self.dram_policy.hold(block.key)
+        if block.ssd is State.READY:
+            policy = self.drives.of(block.ssd_slot).policy
+            if block.loads == 0:
+                policy.release(block.key)
+            else:
+                policy.hold(block.key)
+
+    def drop_dram(self, block: Block) -> None:
+        if block.dram is State.READY:
+            if not block.gone:  # else a younger block of the same key may be there
+                self.dram_policy.leave(block.key)
+            self.dram.give_back(block.dram_slot)
+            block.dram, block.dram_slot = State.ABSENT, NO_SLOT
+
+    def drop_ssd(self, block: Block) -> None:
+        if block.ssd is State.READY:
+            drive = self.drives.of(block.ssd_slot)
+            if not block.gone:
+                drive.policy.leave(block.key)
+            drive.pool.give_back(block.ssd_slot)
+            block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
+
+    def take_dram_slot(self, *exempt: Container[BlockKey]) -> int:
+        """A free DRAM slot, evicting if need be; NO_SLOT if everything is in use, promised or dirty."""
+        slot = self.dram.take()
+        if slot is not None:
+            return slot
+        key = self.dram_policy.victim(self.promised, *exempt)
+        if key is None:
+            return NO_SLOT
+        block = self.blocks[key]
+        slot = block.dram_slot
+        block.dram, block.dram_slot = State.ABSENT, NO_SLOT
+        self._counters["kvoffload_evictions_total", Tier.DRAM.value] += 1
+        if block.ssd is State.ABSENT:
+            self.forget(block)
+        return slot
+
+    def take_ssd_slot(self, drives: Sequence[Drive]) -> int:
+        """A free slot of the first of `drives` that has one, else one of theirs by eviction; NO_SLOT if everything there is in
+        use or promised."""
+        for drive in drives:
+            slot = drive.take_slot()
+            if slot is not None:
+                return slot
+        victims = (drive.policy.victim(self.promised) for drive in drives)
+        key = next((key for key in victims if key is not None), None)
+        if key is None:  # a full drive that has nothing of ours to give up may have room by now
+            return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
+        block = self.blocks[key]
+        slot = block.ssd_slot
+        block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
+        self._journal.delete(key)
+        self._counters["kvoffload_evictions_total", Tier.SSD.value] += 1
+        # A DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block.
+        if block.dram is State.ABSENT:
+            self.forget(block)
+        return slot
