@@ -21,7 +21,8 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=1:strict_string_checks=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     # What numpy and Python do in code that was not compiled for it is not looked at: it would see half of their locks.
-    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1",
+    # Children that a test forks go on: it looks at what is theirs, and not at locks that other threads held at the fork.
+    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1:die_after_fork=0",
 }
 REPORTS = ROOT / "build" / "sanitizer"  # a process that dies leaves its report here: pytest keeps what it printed to itself
 TSAN_RANDOM_BITS = 28  # of an address; runtimes of GCC before 14 die at start-up where there are more
@@ -66,6 +67,7 @@ def prepare(name: str, environment: dict[str, str]) -> list[str]:
     environment["LD_PRELOAD"] = " ".join(filter(None, (runtime(name), BESIDE, environment.get("LD_PRELOAD"))))
     shutil.rmtree(REPORTS, ignore_errors=True)
     REPORTS.mkdir(parents=True)
+    REPORTS.chmod(0o1777)  # some tests go on as another user
     for variable, options in OPTIONS.items():
         mine = f"{options}:log_path={REPORTS / 'report'}"
         environment[variable] = ":".join(filter(None, (mine, environment.get(variable))))  # of two, the last counts
