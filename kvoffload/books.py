@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from kvoffload.blocks import Block, State
+from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block
 from kvoffload.drives import Drive
 from kvoffload.index import Index
 from kvoffload.slots import SlotPool
@@ -22,35 +22,35 @@ def verify(
     late = [block for drive in drives for block in drive.late_blocks]
     everyone = {id(b): b for b in (*blocks.values(), *stores.values(), *loading, *demotions, *late)}
     late_slots = [slot for drive in drives for slot in drive.late_slots]
-    _verify_pool("dram", index.dram, [*(b.dram_slot for b in everyone.values() if b.dram is not State.ABSENT), *late_slots])
-    on_ssd = [block for block in everyone.values() if block.ssd is not State.ABSENT]
+    _verify_pool("dram", index.dram, [*(b.dram_slot for b in everyone.values() if b.dram is not ABSENT), *late_slots])
+    on_ssd = [block for block in everyone.values() if block.ssd is not ABSENT]
     for drive in drives:
         here = [block for block in on_ssd if drives.of(block.ssd_slot) is drive]
         _verify_pool(f"drive {drive.number}", drive.pool, [block.ssd_slot for block in here])
         assert drive.loads == sum(source is drive for _, source in loads), f"drive {drive.number}: loads"
-        assert drive.demotions == sum(block.ssd is State.MOVING_IN for block in here), f"drive {drive.number}: demotions"
+        assert drive.demotions == sum(block.ssd is MOVING_IN for block in here), f"drive {drive.number}: demotions"
         evictable = [block for block in blocks.values() if drive.policy.evictable(block.key)]
         assert len(evictable) == len(drive.policy), f"drive {drive.number}: evictable, but not there"
-        idle = [block for block in here if block.ssd is State.READY and not block.loads and not block.gone]
+        idle = [block for block in here if block.ssd is READY and not block.loads and not block.gone]
         assert {id(block) for block in evictable} == {id(block) for block in idle}, f"drive {drive.number}: evictable"
     in_use = Counter(id(block) for block in loading)
     for block in everyone.values():
         name = block.key.hex()
         assert block.gone == (blocks.get(block.key) is not block), name
         assert block.loads == in_use[id(block)], f"{name}: loads"
-        assert (block.demotion is None) == (block.ssd is not State.MOVING_IN), f"{name}: demotion"
+        assert (block.demotion is None) == (block.ssd is not MOVING_IN), f"{name}: demotion"
         assert block.dirty == (index.dirty.get(block.key) is block), f"{name}: dirty"
-        assert block.late == (block in late) and not (block.late and block.ssd is State.READY), f"{name}: late"
-        assert not (block.dirty or block.late) or block.dram is State.READY, f"{name}: to be written, without bytes"
+        assert block.late == (block in late) and not (block.late and block.ssd is READY), f"{name}: late"
+        assert not (block.dirty or block.late) or block.dram is READY, f"{name}: to be written, without bytes"
         assert not block.gone or block.loads or block.demotion is not None or block.late or block in stores.values(), name
         idle = not block.loads and block.demotion is None and not block.late
-        assert block.gone or (block.key in index.dram_policy) == (block.dram is not State.ABSENT), f"{name}: in DRAM"
+        assert block.gone or (block.key in index.dram_policy) == (block.dram is not ABSENT), f"{name}: in DRAM"
         for drive in drives if not block.gone else ():
-            on_drive = block.ssd is not State.ABSENT and drives.of(block.ssd_slot) is drive
+            on_drive = block.ssd is not ABSENT and drives.of(block.ssd_slot) is drive
             assert (block.key in drive.policy) == on_drive, f"{name}: on drive {drive.number}"
         waits = block.dirty and drives.writing  # to be written
         if not block.gone:
-            evictable = block.dram is State.READY and idle and not waits
+            evictable = block.dram is READY and idle and not waits
             assert index.dram_policy.evictable(block.key) == evictable, f"{name}: evictable in use, or idle and not evictable"
 
 

@@ -6,7 +6,7 @@ It knows blocks and slots; what is in flight, and why, is the block manager's af
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 
-from kvoffload.blocks import Block, Journal, Recovered, State
+from kvoffload.blocks import ABSENT, READY, Block, Journal, Recovered
 from kvoffload.drives import Drive, Drives
 from kvoffload.policy import EvictionPolicy
 from kvoffload.slots import SlotPool
@@ -33,13 +33,15 @@ class Index:
         self._now = 0
 
     def recover(self, recovered: Iterable[Recovered]) -> None:
+        blocks, of, tick = self.blocks, self.drives.of, self.tick
         for entry in recovered:
-            block = Block(entry.key, entry.group, entry.generation, self.tick())
-            block.ssd, block.ssd_slot = State.READY, entry.slot
-            self.blocks[entry.key] = block
-            self.drives.of(entry.slot).policy.enter(block.key, block.used, 0)
-            self.settle(block)
-        owned = {block.ssd_slot for block in self.blocks.values()}
+            key = entry.key
+            block = blocks[key] = Block(key, entry.group, entry.generation, tick())
+            block.ssd, block.ssd_slot = READY, entry.slot
+            policy = of(entry.slot).policy
+            policy.enter(key, block.used, 0)
+            policy.release(key)
+        owned = {block.ssd_slot for block in blocks.values()}
         for drive in self.drives:
             drive.pool.claim(owned)
 
@@ -50,9 +52,9 @@ class Index:
             now = block.used = self.tick()
             again = block.user == owner
             block.user = owner
-            if block.dram is not State.ABSENT:
+            if block.dram is not ABSENT:
                 self.dram_policy.use(block.key, now, again)
-            if block.ssd is not State.ABSENT:
+            if block.ssd is not ABSENT:
                 self.drives.of(block.ssd_slot).policy.use(block.key, now, again)
         return blocks
 
@@ -72,9 +74,9 @@ class Index:
         del self.blocks[block.key]
         self.dirty.pop(block.key, None)
         self.dram_policy.leave(block.key)
-        if block.ssd is not State.ABSENT:
+        if block.ssd is not ABSENT:
             self.drives.of(block.ssd_slot).policy.leave(block.key)
-        if block.ssd is State.READY and journal:
+        if block.ssd is READY and journal:
             self._journal.delete(block.key)
 
     def forget_and_settle(self, block: Block, journal: bool = True) -> None:
@@ -93,15 +95,15 @@ class Index:
                 self.drop_dram(block)
                 self.drop_ssd(block)
             return
-        ready = block.dram is State.READY and idle
-        if ready and not self.dram_is_tier and block.ssd is State.READY:
+        ready = block.dram is READY and idle
+        if ready and not self.dram_is_tier and block.ssd is READY:
             self.drop_dram(block)  # the bounce slot did its duty
             ready = False
         if ready and (not block.dirty or not self.drives.writing):
             self.dram_policy.release(block.key)
         else:
             self.dram_policy.hold(block.key)
-        if block.ssd is State.READY:
+        if block.ssd is READY:
             policy = self.drives.of(block.ssd_slot).policy
             if block.loads == 0:
                 policy.release(block.key)
@@ -109,19 +111,19 @@ class Index:
                 policy.hold(block.key)
 
     def drop_dram(self, block: Block) -> None:
-        if block.dram is State.READY:
+        if block.dram is READY:
             if not block.gone:  # else a younger block of the same key may be there
                 self.dram_policy.leave(block.key)
             self.dram.give_back(block.dram_slot)
-            block.dram, block.dram_slot = State.ABSENT, NO_SLOT
+            block.dram, block.dram_slot = ABSENT, NO_SLOT
 
     def drop_ssd(self, block: Block) -> None:
-        if block.ssd is State.READY:
+        if block.ssd is READY:
             drive = self.drives.of(block.ssd_slot)
             if not block.gone:
                 drive.policy.leave(block.key)
             drive.pool.give_back(block.ssd_slot)
-            block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
+            block.ssd, block.ssd_slot = ABSENT, NO_SLOT
 
     def take_dram_slot(self, *exempt: Container[BlockKey]) -> int:
         """A free DRAM slot, evicting if need be; NO_SLOT if everything is in use, promised or dirty."""
@@ -133,9 +135,9 @@ class Index:
             return NO_SLOT
         block = self.blocks[key]
         slot = block.dram_slot
-        block.dram, block.dram_slot = State.ABSENT, NO_SLOT
+        block.dram, block.dram_slot = ABSENT, NO_SLOT
         self._counters["kvoffload_evictions_total", Tier.DRAM.value] += 1
-        if block.ssd is State.ABSENT:
+        if block.ssd is ABSENT:
             self.forget(block)
         return slot
 
@@ -152,10 +154,10 @@ class Index:
             return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
         block = self.blocks[key]
         slot = block.ssd_slot
-        block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
+        block.ssd, block.ssd_slot = ABSENT, NO_SLOT
         self._journal.delete(key)
         self._counters["kvoffload_evictions_total", Tier.SSD.value] += 1
         # A DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block.
-        if block.dram is State.ABSENT:
+        if block.dram is ABSENT:
             self.forget(block)
         return slot

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from kvoffload.blocks import Block, Demotions, Journal, Placement, Recovered, State, Stored, Unsaved
+from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Recovered, Stored, Unsaved
 from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
 from kvoffload.drives import Drive, Drives
@@ -27,6 +27,7 @@ from kvoffload.types import MILDEST_FIRST, NO_SLOT, BlockKey, Demotion, Tier
 logger = logging.getLogger(__name__)
 
 DEMOTIONS_MAX = 512  # in flight at once: acknowledgements come a few steps later, and the drive must not wait for them
+DRAM, SSD = Tier  # see State
 NOTHING: Mapping[BlockKey, int] = MappingProxyType({})
 
 
@@ -65,24 +66,27 @@ class BlockManager:
         tier = self.tier(key)
         if tier is not None:
             self._index.promised.add(key)
-            if tier is Tier.SSD and not self._drives.all_well:
+            if tier is SSD and not self._drives.all_well:
                 self._drives.of(self._index.blocks[key].ssd_slot).promise(key)
         return tier
 
     def tier(self, key: BlockKey) -> Tier | None:
-        return next(iter(self.tiers(key)), None)
+        block = self._index.blocks.get(key)
+        if block is None:
+            return None
+        if block.dram is READY and self.dram_is_tier:
+            return DRAM
+        return SSD if self._may_read(block) else None
 
     def tiers(self, key: BlockKey) -> list[Tier]:
         """Every tier the block can be loaded from, the nearest first."""
-        block = self._index.blocks.get(key)
-        if block is None:
-            return []
-        tiers = []
-        if block.dram is State.READY and self.dram_is_tier:
-            tiers.append(Tier.DRAM)
-        if block.ssd is State.READY and (self._drives.all_well or self._drives.of(block.ssd_slot).may_read(key)):
-            tiers.append(Tier.SSD)
-        return tiers
+        nearest = self.tier(key)
+        if nearest is DRAM and self._may_read(self._index.blocks[key]):
+            return [DRAM, SSD]
+        return [] if nearest is None else [nearest]
+
+    def _may_read(self, block: Block) -> bool:
+        return block.ssd is READY and (self._drives.all_well or self._drives.of(block.ssd_slot).may_read(block.key))
 
     def pending(self) -> bool:
         """Whether there is background work that needs further steps now. An idle engine steps a thousand times a second,
@@ -92,8 +96,8 @@ class BlockManager:
     def usage(self) -> dict[Tier, tuple[int, int]]:
         """Slots used and slots there are, by tier."""
         return {
-            Tier.DRAM: (self._index.dram.count - self._index.dram.free(), self._index.dram.count),
-            Tier.SSD: (self._ssd_slots - sum(drive.pool.free() for drive in self._drives), self._ssd_slots),
+            DRAM: (self._index.dram.count - self._index.dram.free(), self._index.dram.count),
+            SSD: (self._ssd_slots - sum(drive.pool.free() for drive in self._drives), self._ssd_slots),
         }
 
     def drive_states(self) -> Iterable[tuple[tuple[str, str], BreakerState]]:
@@ -119,7 +123,7 @@ class BlockManager:
                 continue
             block = self._index.blocks[key]
             block.loads += 1
-            drive = self._drives.of(block.ssd_slot) if tier is Tier.SSD else None
+            drive = self._drives.of(block.ssd_slot) if tier is SSD else None
             self._loads[owner, key] = block, drive
             self._index.settle(block)
             if drive is None:
@@ -127,11 +131,11 @@ class BlockManager:
                 continue
             self._drives.begin_load(drive)
             slot = NO_SLOT
-            if may_move_in and block.dram is State.ABSENT and drive.reads.closed:  # a trial must not keep a DRAM slot
+            if may_move_in and block.dram is ABSENT and drive.reads.closed:  # a trial must not keep a DRAM slot
                 slot = self._index.take_dram_slot()
                 may_move_in = slot != NO_SLOT  # asking again for every block would look through all that is promised
             if slot != NO_SLOT:
-                block.dram, block.dram_slot, block.promoter = State.MOVING_IN, slot, owner
+                block.dram, block.dram_slot, block.promoter = MOVING_IN, slot, owner
                 self._index.dram_policy.enter(key, block.used, block.depth)
             placements.append(Placement(key, block.generation, slot, block.ssd_slot))
         return placements
@@ -164,10 +168,10 @@ class BlockManager:
 
     def _end_promotion(self, block: Block, drive: Drive | None, error: int) -> None:
         block.promoter = None
-        block.dram = State.READY
+        block.dram = READY
         if error == errno.ETIMEDOUT and drive is not None:
             drive.late_slots.append(block.dram_slot)
-            block.dram, block.dram_slot = State.ABSENT, NO_SLOT
+            block.dram, block.dram_slot = ABSENT, NO_SLOT
             if not block.gone:
                 self._index.dram_policy.leave(block.key)
         elif error:
@@ -194,7 +198,7 @@ class BlockManager:
             if key in self._index.blocks:
                 self._index.forget_and_settle(self._index.blocks[key])
             block = Block(key, group, self._journal.next_generation(), 0, own.get(key, 0))
-            block.dram, block.dram_slot, block.user = State.MOVING_IN, slot, owner
+            block.dram, block.dram_slot, block.user = MOVING_IN, slot, owner
             self._index.blocks[key] = self._stores[key] = block
             placements.append(Placement(key, block.generation, slot, NO_SLOT))
         for placement in reversed(placements):  # the head of a prefix is the last to leave
@@ -210,7 +214,7 @@ class BlockManager:
         block = self._index.blocks.get(key)
         if block is None or self._drives.all_well:
             return block is not None
-        if block.dram is not State.ABSENT:
+        if block.dram is not ABSENT:
             return self.dram_is_tier or not block.late
         return self._drives.of(block.ssd_slot).reads.state is not BreakerState.OPEN
 
@@ -220,7 +224,7 @@ class BlockManager:
             block = self._stores.pop(key, None)
             if block is None:
                 continue
-            block.dram = State.READY
+            block.dram = READY
             if key in failed:
                 self.counters["kvoffload_store_failures_total",] += 1
                 self._index.forget(block)
@@ -232,7 +236,7 @@ class BlockManager:
     def touch(self, keys: Sequence[BlockKey], owner: str) -> None:
         """The request used the blocks, all that it has in prefix order, just now. Eviction takes the tail of a prefix before
         its head."""
-        on_ssd = [block.key for block in self._index.use(keys, owner) if block.ssd is State.READY]
+        on_ssd = [block.key for block in self._index.use(keys, owner) if block.ssd is READY]
         if on_ssd:
             self._journal.touch(on_ssd)
 
@@ -261,7 +265,7 @@ class BlockManager:
         return demotions
 
     def _demote(self, block: Block, slot: int) -> Demotion:
-        block.ssd, block.ssd_slot = State.MOVING_IN, slot
+        block.ssd, block.ssd_slot = MOVING_IN, slot
         number = self._demotions.begin(block)
         drive = self._drives.of(slot)
         self._drives.begin_demotion(drive)
@@ -282,7 +286,7 @@ class BlockManager:
         if error:
             self._demotion_failed(block, drive, error)
         else:
-            block.ssd = State.READY
+            block.ssd = READY
             if block.late:  # still, as something else opened the drive meanwhile
                 drive.late_blocks.remove(block)
                 block.late = False
@@ -295,7 +299,7 @@ class BlockManager:
     def _demotion_failed(self, block: Block, drive: Drive, error: int) -> None:
         self.counters["kvoffload_demotion_failures_total", errno.errorcode.get(error, str(error))] += 1
         drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
-        block.ssd, block.ssd_slot = State.ABSENT, NO_SLOT
+        block.ssd, block.ssd_slot = ABSENT, NO_SLOT
         if not block.gone:
             drive.policy.leave(block.key)
         if error == errno.EBADMSG:
@@ -323,7 +327,7 @@ class BlockManager:
         blocks, drive.late_blocks = drive.late_blocks, []
         for block in blocks:
             block.late = False
-            if block.ssd is State.ABSENT:
+            if block.ssd is ABSENT:
                 self._want_on_ssd(block)
             self._index.settle(block)
 
@@ -338,9 +342,9 @@ class BlockManager:
         keeps what it knows for the next one."""
         self._drives.never_use()
         for block in list(self._index.blocks.values()):
-            if block.ssd is State.READY and block.dram is not State.READY:
+            if block.ssd is READY and block.dram is not READY:
                 self._index.forget(block, journal=False)
-            elif block.ssd is State.READY:
+            elif block.ssd is READY:
                 self._index.drop_ssd(block)
             self._index.settle(block)
         self._index.settle_dirty()
@@ -364,8 +368,8 @@ class BlockManager:
         for block in blocks:
             block.loads = 0
             block.promoter = None
-            if block.dram is State.MOVING_IN:
-                block.dram = State.READY
+            if block.dram is MOVING_IN:
+                block.dram = READY
             self._index.forget_and_settle(block, journal=False)
         self._index.promised.clear()
         self._journal.clear()

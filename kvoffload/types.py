@@ -8,6 +8,7 @@ The two numpy dtypes below mirror `kvo_op` and `kvo_completion` of csrc/kvo.h by
 import errno
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,8 +86,7 @@ class EngineOptions:
     device: int | None = None  # CUDA device whose memory holds the KV cache; None: host memory
 
 
-@dataclass(frozen=True)
-class Demotion:
+class Demotion(NamedTuple):
     """One block to be written from its DRAM slot to its SSD slot, by every rank."""
 
     id: int

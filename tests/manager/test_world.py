@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from kvoffload.blocks import State
+from kvoffload.blocks import READY
 from kvoffload.breaker import BreakerState
 from kvoffload.manager import BlockManager
 from kvoffload.types import Tier
@@ -108,7 +108,7 @@ def test_a_drive_that_lost_writes_loses_those_blocks_only(seed):
     assert lost and sound
     for key in sorted(lost | sound):
         world.manager.load([key], "reader")
-        error = 0 if key in sound or world.manager._index.blocks[key].dram is State.READY else errno.EBADMSG
+        error = 0 if key in sound or world.manager._index.blocks[key].dram is READY else errno.EBADMSG
         world.manager.load_done([key], "reader", {key: error} if error else {})
         world.manager.check()
     assert sound <= world.journal.blocks.keys()

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
-from kvoffload.blocks import Placement, State
+from kvoffload.blocks import READY, Placement
 from kvoffload.manager import BlockManager
 from kvoffload.types import NO_SLOT, BlockKey, Demotion, add_errors
 
@@ -226,7 +226,7 @@ class World:
     def check(self) -> None:
         """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else."""
         self.manager.check()
-        on_ssd = {key for key, block in self.manager._index.blocks.items() if block.ssd is State.READY}
+        on_ssd = {key for key, block in self.manager._index.blocks.items() if block.ssd is READY}
         assert set(self.journal.blocks) == on_ssd
 
     def _request(self, name: str) -> list[BlockKey]:
