@@ -72,6 +72,16 @@ class Drive:
             self.trial_max = min(2 * self.trial_max, self.pool.count)
         self.trial.clear()
 
+    def next_trial(self) -> Block | None:
+        """The block to try writing with; None: any. What the drive did not answer is also its next trial, of several in turn,
+        so that one that hangs for good keeps no further DRAM slots. But if a single one was not answered twice it may be the
+        only one, of a write that never returns, and then another block is needed to see that the drive works.
+        """
+        if not self.late_blocks or len(self.late_blocks) == 1 and self.writes.again:
+            return None
+        self.late_blocks.append(self.late_blocks.pop(0))
+        return self.late_blocks[-1]
+
     @property
     def write_state(self) -> BreakerState:
         return BreakerState.OPEN if self.reads.state is BreakerState.OPEN else self.writes.state

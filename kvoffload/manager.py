@@ -255,10 +255,9 @@ class BlockManager:
         return demotions
 
     def _plan_trials(self) -> list[Demotion]:
-        """What a drive did not answer is also its next trial, so that one that hangs for good keeps no further DRAM slots."""
         demotions = []
         for drive in self._drives.to_write():
-            block = drive.late_blocks[0] if drive.late_blocks else None
+            block = drive.next_trial()
             slot = self._index.take_ssd_slot([drive]) if block is not None else NO_SLOT
             if block is not None and slot != NO_SLOT:
                 demotions.append(self._demote(block, slot))

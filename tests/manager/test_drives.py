@@ -2,7 +2,7 @@
 
 import errno
 
-from kvoffload.breaker import PAUSE_MIN_S
+from kvoffload.breaker import PAUSE_MAX_S, PAUSE_MIN_S
 from kvoffload.drives import FULL_S, QUIET_S
 from kvoffload.types import NO_SLOT, Tier
 from tests.manager.books import Books, prefix
@@ -190,7 +190,7 @@ def test_dram_that_a_late_load_may_still_fill_is_not_given_away_until_the_drive_
     assert again.dram_slot == place.dram_slot
 
 
-def test_a_drive_that_hangs_for_good_holds_no_more_dram_than_at_first():
+def test_a_drive_that_hangs_for_good_holds_one_dram_slot_more_than_at_first():
     books = Books(dram=4, ssd=32, drives=2)
     books.store(prefix("a", 2))
     for demotion in books.manager.plan():
@@ -203,7 +203,7 @@ def test_a_drive_that_hangs_for_good_holds_no_more_dram_than_at_first():
         books.manager.check()
         books.manager.end_step()
     assert books.manager.tiers(b"a1") == [Tier.DRAM], "its demotion is late, and it can be loaded"
-    assert len(books.store(prefix("c", 3))) == 3
+    assert len(books.store(prefix("c", 3))) == 2
 
 
 def test_a_late_block_that_arrives_while_its_drive_is_left_alone_for_another_reason_is_no_longer_late():
@@ -234,6 +234,34 @@ def test_a_late_block_that_is_lost_in_dram_is_not_its_drives_trial_for_ever():
     assert books.tiers([b"late"]) == [None]
     assert books.demote() == [b"b"]
     assert books.manager.usage() == {Tier.DRAM: (1, 4), Tier.SSD: (1, 16)}
+
+
+def test_a_single_write_that_never_returns_does_not_keep_its_drive_from_being_written():
+    """Each trial was of its block, whose DRAM slot that write went on using, so none ever succeeded."""
+    books = Books(dram=4, ssd=16)
+    books.store([b"stuck"])
+    books.demote(errno.ETIMEDOUT)
+    books.store(prefix("b", 3))
+    books.now += PAUSE_MIN_S
+    assert books.demote(errno.ETIMEDOUT) == [b"stuck"]
+    books.now += 2 * PAUSE_MIN_S
+    (trial,) = books.manager.plan()
+    assert trial.key == b"b0"
+    books.manager.ack(trial.id, 1)
+    books.manager.check()
+    assert {demotion.key for demotion in books.manager.plan()} == {b"b1", b"b2", b"stuck"}
+
+
+def test_a_drive_that_hangs_is_tried_with_its_late_blocks_in_turn():
+    books = Books(dram=8, ssd=16)
+    books.store([b"late"])
+    books.demote(errno.ETIMEDOUT)
+    books.store(prefix("b", 5))
+    tried = []
+    for _ in range(8):
+        books.now += PAUSE_MAX_S
+        tried += books.demote(errno.ETIMEDOUT)
+    assert tried == [b"late", b"b0", *[b"late", b"b0"] * 3]
 
 
 def test_an_idle_engine_is_not_kept_awake_by_a_drive_that_hangs():

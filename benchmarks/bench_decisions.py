@@ -1,0 +1,151 @@
+"""What deciding costs with a million blocks in the index: nothing is moved, but block manager, policy and journal are real.
+
+    recovery  opening the store and taking its blocks into the index, after a restart
+    memory    what the process grew by for them, per block
+    lookup    a prefix of 2,000 blocks, all of them held
+    store     64 new blocks, each of which evicts one from DRAM
+    demotion  the same 64 to the SSD, each of which evicts one there: planned and acknowledged
+
+Medians over the rounds, with the least and the greatest; recovery and memory once.
+
+    python -m benchmarks.bench_decisions [--folder PATH] [--blocks 1000000] [--rounds 200]
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.bench_small_costs import resident_bytes
+from kvoffload.config import Config
+from kvoffload.layout import slot_bytes
+from kvoffload.manager import BlockManager
+from kvoffload.store import Store
+
+PAYLOAD = 1  # bytes: the slots are never written
+PREFIX, STORED = 2000, 64
+DRAM_SLOTS = 20_000
+
+
+@contextmanager
+def opened(folder: Path, blocks: int) -> Iterator[Store]:
+    gigabytes = blocks * (slot_bytes(PAYLOAD) + 600) / 1e9
+    config = Config.parse({"nvme_path": str(folder), "ssd_kv_offload_gb": gigabytes})
+    with Store.open(config, {"model": "benchmark"}, PAYLOAD, ranks=1) as store:
+        yield store
+
+
+def fill(folder: Path, blocks: int) -> None:
+    """A store of so many blocks, without their bytes."""
+    with opened(folder, blocks) as store:
+        os.truncate(store.slot_files(0).paths[0], 4096 + store.slot_count * slot_bytes(PAYLOAD))
+        for slot in range(min(blocks, store.slot_count)):
+            store.put(os.urandom(32) + bytes(4), slot, store.next_generation(), 0)
+            if slot % 8192 == 0:
+                store.flush(60)
+        store.flush(60)
+
+
+class Rounds:
+    """Seconds of each round, by what was done."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {"lookup": [], "store": [], "plan": [], "ack": []}
+
+    def time(self, name: str, begun: float) -> None:
+        self.seconds[name].append(time.perf_counter() - begun)
+
+    def run(self, manager: BlockManager, held: list[bytes], number: int) -> None:
+        new = [os.urandom(32) + bytes(4) for _ in range(STORED)]
+        pairs, own = [(key, 0) for key in new], {key: place for place, key in enumerate(new)}
+        first = number * PREFIX % (len(held) - PREFIX)
+        prefix = held[first : first + PREFIX]
+        begun = time.perf_counter()
+        hits = sum(manager.lookup(key) is not None for key in prefix)
+        self.time("lookup", begun)
+        manager.end_step()
+        begun = time.perf_counter()
+        placed = manager.store(pairs, f"request-{number}", own).placements
+        self.time("store", begun)
+        manager.store_done(new)
+        begun = time.perf_counter()
+        demotions = manager.plan()
+        self.time("plan", begun)
+        begun = time.perf_counter()
+        for demotion in demotions:
+            manager.ack(demotion.id, 1)
+        self.time("ack", begun)
+        assert (hits, len(placed), len(demotions)) == (PREFIX, STORED, STORED)
+
+
+def measure(folder: Path, blocks: int, rounds: int) -> dict[str, object]:
+    fill(folder, blocks)
+    before, begun = resident_bytes(), time.perf_counter()
+    with opened(folder, blocks) as store:
+        opened_at = time.perf_counter()
+        entries = store.entries()
+        manager = BlockManager(DRAM_SLOTS, store.slot_count, 1, store, recovered=entries)
+        recovered_at = time.perf_counter()
+        held = [entry.key for entry in entries[len(entries) // 2 :]]  # the older half is evicted meanwhile
+        del entries
+        grown = resident_bytes() - before
+        filled = Rounds()  # DRAM and what is left of the SSD, so that what follows evicts
+        for number in range((DRAM_SLOTS + store.slot_count - len(held) * 2) // STORED + 1):
+            filled.run(manager, held, number)
+        measured = Rounds()
+        for number in range(rounds):
+            measured.run(manager, held, number)
+    return {
+        "blocks": blocks,
+        "open_s": opened_at - begun,
+        "index_s": recovered_at - opened_at,
+        "bytes_per_block": grown / blocks,
+        **{f"{name}_ms": [second * 1e3 for second in seconds] for name, seconds in measured.seconds.items()},
+    }
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ms ({min(values):.2f}..{max(values):.2f})"
+
+
+def verdicts(found: dict) -> list[tuple[str, str, str]]:
+    """What, the figure, and whether its goal is met."""
+
+    def met(figure: float, goal: float) -> str:
+        return "met" if figure <= goal else f"**not met** ({goal:g})"
+
+    demotion = [plan + ack for plan, ack in zip(found["plan_ms"], found["ack_ms"], strict=True)]
+    recovery = found["open_s"] + found["index_s"]
+    return [
+        (f"recovery of {found['blocks']} blocks", f"{recovery:.2f} s (open {found['open_s']:.2f} s)", met(recovery, 1)),
+        ("memory per block", f"{found['bytes_per_block']:.0f} bytes", met(found["bytes_per_block"], 400)),
+        (f"lookup of {PREFIX} blocks", spread(found["lookup_ms"]), met(statistics.median(found["lookup_ms"]), 1)),
+        (f"store of {STORED} blocks with evictions", spread(found["store_ms"]), met(statistics.median(found["store_ms"]), 0.3)),
+        (f"demotion of {STORED} blocks with evictions", spread(demotion), "no goal"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("build/bench_decisions"))
+    parser.add_argument("--blocks", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=200)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found = measure(arguments.folder, arguments.blocks, arguments.rounds)
+    finally:
+        shutil.rmtree(arguments.folder)
+    print("| | | goal |\n|---|---:|---|")
+    for row in verdicts(found):
+        print("| " + " | ".join(row) + " |")
+    Path("build/bench_decisions.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
