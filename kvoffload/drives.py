@@ -15,7 +15,7 @@ from kvoffload.blocks import Block
 from kvoffload.breaker import PAUSE_MIN_S, Breaker, BreakerState
 from kvoffload.policy import EvictionPolicy
 from kvoffload.slots import SlotPool
-from kvoffload.types import BlockKey
+from kvoffload.types import LATE, BlockKey
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Drive:
         self.loads = self.demotions = 0  # in flight, in blocks
         self.trial: set[BlockKey] = set()  # what lookups of this step promised while reads are half-open
         self.trial_max = 1  # blocks of a trial
+        self.answers = 0  # loads and demotions that it ended
         self.heard_at = 0.0  # when a demotion ended, or the first began
         self.errors = self.damaged = 0  # since the last good read
         self.full_until = 0.0
@@ -167,6 +168,7 @@ class Drives:
         hold the block.
         """
         drive.demotions -= 1
+        drive.answers += error not in (errno.ETIMEDOUT, errno.EBADMSG, *NOT_ASKED)
         drive.heard_at = self._clock()
         if error == errno.EBADMSG or error in NOT_ASKED or not drive.writes.counts:
             return False
@@ -186,12 +188,16 @@ class Drives:
     def end_load(self, drive: Drive, error: int) -> tuple[bool, bool]:
         """Returns whether the drive answered now, as `end_demotion`, and whether the block is to be forgotten.
 
-        A late load stops reads at once: it cost its request seconds. An error stops them when it repeats. A block that the
+        A late load stops reads at once: it cost its request seconds. One whose request would not wait longer (ETIME) says only
+        that the drive is slow, unless it was a trial. An error stops them when it repeats. A block that the
         drive failed is kept, for it may be sound; but not one that failed as a trial or soon after one: if it were the cause,
         and much wanted, the drive would never be taken back.
         """
         drive.loads -= 1
         if error in NOT_ASKED:
+            return False, False
+        drive.answers += error not in LATE
+        if error == errno.ETIME and drive.reads.closed:
             return False, False
         if not drive.reads.counts:
             return False, error == errno.EBADMSG
@@ -200,7 +206,7 @@ class Drives:
             if not drive.reads.closed:
                 self._close(drive, "read")
             return True, False
-        answers = error != errno.ETIMEDOUT
+        answers = error not in LATE
         if answers and drive.reads.closed:
             drive.damaged += error == errno.EBADMSG
             drive.errors += error != errno.EBADMSG

@@ -32,6 +32,18 @@ METRICS = {
     ),
     "kvoffload_evictions_total": Metric("counter", "Blocks evicted from the tier.", ("tier",)),
     "kvoffload_load_failures_total": Metric("counter", "Blocks that could not be loaded and were recomputed."),
+    "kvoffload_load_decisions_total": Metric(
+        "counter", "Requests of which something could have been loaded, by what was decided and why.", ("decision", "reason")
+    ),  # decision: load, part, recompute; reason: faster, learning, probe, asked
+    "kvoffload_predicted_seconds_total": Metric(
+        "counter", "Sum of what loads and prefills were predicted to take.", ("activity",)
+    ),  # activity: load, prefill
+    "kvoffload_actual_seconds_total": Metric("counter", "Sum of what those with a prediction took.", ("activity",)),
+    "kvoffload_prediction_error_seconds_total": Metric(
+        "counter", "Sum of the differences between the two, without their sign.", ("activity",)
+    ),
+    "kvoffload_prefill_tokens_per_second": Metric("gauge", "Learned rate of computing a prompt of 1,000 tokens."),
+    "kvoffload_load_bytes_per_second": Metric("gauge", "Learned rate of loading 100 MB a rank, latency included.", ("tier",)),
     "kvoffload_store_failures_total": Metric("counter", "Blocks that could not be copied out of the KV cache."),
     "kvoffload_transfer_bytes_total": Metric(
         "counter", "Payload bytes moved, all ranks.", ("direction",)

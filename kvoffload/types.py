@@ -108,7 +108,9 @@ class TransferPlan:
         return bool(self.attach or self.demotions)
 
 
-MILDEST_FIRST = (errno.ECANCELED, errno.EREMOTEIO, errno.ETIMEDOUT)  # say less about a block than all others
+MILDEST_FIRST = (errno.ECANCELED, errno.EREMOTEIO, errno.ETIME, errno.ETIMEDOUT)  # say less about a block than all others
+LATE = (errno.ETIME, errno.ETIMEDOUT)
+"""Of a load: its memory is still in use. ETIMEDOUT, the drive should have answered; ETIME, its request would not wait longer."""
 
 
 def add_errors(to: dict[BlockKey, int], errors: dict[BlockKey, int]) -> None:

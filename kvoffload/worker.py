@@ -59,6 +59,7 @@ class Job:
     id: int  # the caller's
     transfer: int  # the scheduler side's
     left: int
+    is_urgent: bool = False  # its deadline is the request's, who would recompute from then on; not what a drive is given
     failed: dict[BlockKey, int] = field(default_factory=dict)  # errno
 
 
@@ -105,6 +106,7 @@ class BlockList:
     ssd_slots: np.ndarray
     kv_blocks: np.ndarray
     groups: np.ndarray
+    patience_s: float | None = None  # of a load: when its request would rather recompute
 
     def columns(self) -> dict[str, object]:
         return {
@@ -160,16 +162,19 @@ class Worker:
         needed = np.ones(2 * count, bool)
         needed[::2] = blocks.ssd_slots != NO_SLOT
         timeout_s = LOAD_TIMEOUT_S + sum(self._group_bytes[group] for group in blocks.groups) / LOAD_BYTES_PER_S
-        self._start(job_id, blocks.transfer, ops[needed], timeout_s, self._waiting_loads)
+        is_urgent = blocks.patience_s is not None and blocks.patience_s < timeout_s
+        if is_urgent:
+            timeout_s = blocks.patience_s
+        self._start(Job(job_id, blocks.transfer, 0, is_urgent), ops[needed], timeout_s, self._waiting_loads)
 
     def store(self, job_id: int, blocks: BlockList) -> None:
         """Starts copying the blocks to their DRAM slots."""
         ops = block_ops(OpKind.COPY_OUT, blocks.keys, blocks.columns())
-        self._start(job_id, blocks.transfer, ops, STORE_TIMEOUT_S, self._waiting_others)
+        self._start(Job(job_id, blocks.transfer, 0), ops, STORE_TIMEOUT_S, self._waiting_others)
 
     def refuse(self, job_id: int, transfer: int, errors: dict[BlockKey, int]) -> None:
         """Ends a job that cannot be carried out: its blocks failed, each with its errno."""
-        self._finish(Job(job_id, transfer, 0, errors))
+        self._finish(Job(job_id, transfer, 0, failed=errors))
 
     def apply(self, plan: TransferPlan) -> None:
         """Carries out the scheduler side's own part of a step."""
@@ -193,12 +198,12 @@ class Worker:
         self._waiting_others.append(Batch(ops, time.monotonic() + DEMOTION_TIMEOUT_S))
         self._push()
 
-    def _start(self, job_id: int, transfer: int, ops: np.ndarray, timeout_s: float, waiting: deque[Batch]) -> None:
-        job = Job(job_id, transfer, len(ops))
+    def _start(self, job: Job, ops: np.ndarray, timeout_s: float, waiting: deque[Batch]) -> None:
+        job.left = len(ops)
         if not len(ops):
             self._finish(job)
             return
-        self._jobs[job_id] = job
+        self._jobs[job.id] = job
         for op in ops:
             self._note(op, op["key"][: op["key_len"]].tobytes(), job)
         waiting.append(Batch(ops, time.monotonic() + timeout_s))
@@ -299,6 +304,8 @@ class Worker:
         job.left -= 1
         if error == errno.ETIMEDOUT and pending.kind is OpKind.COPY_IN:
             error = errno.EREMOTEIO  # its turn did not come in time: that is the GPU's doing, for the drive had answered
+        elif error == errno.ETIMEDOUT and job.is_urgent:
+            error = errno.ETIME
         if error:
             job.failed.setdefault(pending.key, error)  # of a linked pair the first tells why
         if not job.left:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "kvoffload"
 # Each part, and the parts of kvoffload it may import beside itself. A new file must be given its place here.
 VOCABULARY = {"types", "layout", "errors"}
 SHARED = VOCABULARY | {"config", "slots", "metrics"}
-SCHEDULER_SIDE = {"manager", "books", "index", "drives", "breaker", "policy", "store"}
+SCHEDULER_SIDE = {"manager", "books", "index", "drives", "breaker", "estimates", "policy", "store"}
 EVERYTHING = SHARED | SCHEDULER_SIDE | {"engine", "worker"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "blocks": SHARED,
     "store": SHARED,
     "breaker": SHARED,
+    "estimates": SHARED,
     "drives": SHARED | {"breaker", "policy", "blocks"},
     "index": SHARED | {"drives", "policy", "blocks"},
     "books": SHARED | {"index", "drives", "blocks"},

@@ -31,6 +31,7 @@ from kvoffload.vllm.worker import OffWorker, WorkerAdapter
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -111,7 +112,29 @@ class KVOffloadConnector(OffloadingConnector):
         self._manager.announce(request)
         super().on_new_request(request)
 
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        self._manager.lift_limit(request)
+        found = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if found[0] and self._manager.limit_load(request, num_computed_tokens, found[0]):
+            return super().get_num_new_matched_tokens(request, num_computed_tokens)
+        return found
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self._manager.note_scheduled(request)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._manager.note_end(request)
+        return super().request_finished(request, block_ids)
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._manager.note_end(request)
+        return super().request_finished_all_groups(request, block_ids)
+
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        self._manager.note_step(scheduler_output)
         meta = super().build_connector_meta(scheduler_output)
         if self._overwrites_first:
             overwritten = set(scheduler_output.new_block_ids_to_zero or ())

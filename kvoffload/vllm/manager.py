@@ -4,8 +4,9 @@ import errno
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,14 @@ from kvoffload.manager import BlockManager
 from kvoffload.store import Store
 from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
 from kvoffload.vllm import contract
+from kvoffload.vllm.decisions import Decisions, Loads
 from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.identity import LoraSalts, salted
 from kvoffload.vllm.transfer import SlotSpec
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferJob
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ class Notes:
     transfer: int = 0  # its load in flight
     recomputes: bool = False  # a load of it failed: it loads no more
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
+    loads: Loads = field(default_factory=Loads)
+    limit: int | None = None  # lookups of blocks that end behind this token miss: they are not worth loading
 
 
 class NoJournal:
@@ -105,9 +110,11 @@ class ManagerAdapter(OffloadingManager):
         self._first_transfer = 1  # older ones ended with a reset
         self._salts: dict[str, bytes] = {}  # of requests announced but not yet seen by vLLM's scheduler half
         self._lora_salts = LoraSalts()
+        self._contexts: dict[str, ReqContext] = {}  # of requests that have not ended
         self._life = b""
         self._reported: dict[tuple[str, ...], float] = {}
         self._core = BlockManager(0, 0, 1, NoJournal())
+        self._decisions = Decisions(self._core.counters, 0)
         self._block_bytes = 0
 
     def open(self, geometry: Geometry, identity: dict[str, Any]) -> None:
@@ -136,6 +143,7 @@ class ManagerAdapter(OffloadingManager):
             dram.slots, ssd_slots, ranks, journal,
             dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=entries,
         )  # fmt: skip
+        self._decisions = Decisions(self._core.counters, slot)
         logger.info(
             "kvoffload: %d DRAM slots, %d SSD slots of %d bytes per rank; %d blocks resumed from %s",
             dram.slots if dram.is_tier else 0,
@@ -154,6 +162,7 @@ class ManagerAdapter(OffloadingManager):
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         contract.set_state(req_context, Notes(self._salts.pop(req_context.req_id, b""), self._life))
+        self._contexts[req_context.req_id] = req_context
         # By default vLLM offers for storing what follows a loaded prefix. We take the whole request, so that blocks that
         # were dropped, evicted or damaged meanwhile are stored again; those that are held cost a look into a dict.
         return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
@@ -181,30 +190,73 @@ class ManagerAdapter(OffloadingManager):
     # -- vLLM's questions and orders -----------------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        if self._notes(req_context).recomputes:
+        notes = self._notes(req_context)
+        if notes.recomputes or notes.limit is not None and contract.key_positions(req_context)[key] > notes.limit:
             return LookupResult.MISS
-        own_key = salted(key, self._salt(req_context))
-        if any(contract.may_load_from(tier, req_context) for tier in self._core.tiers(own_key)):
+        own_key = salted(key, notes.salt + self._life)
+        if self._loadable_from(own_key, req_context) is not None:
             self._core.lookup(own_key)
             return LookupResult.HIT
         self._core.counters["kvoffload_missed_lookups_total",] += 1
         return LookupResult.MISS
+
+    def _loadable_from(self, own_key: BlockKey, req_context: ReqContext) -> Tier | None:
+        return next((tier for tier in self._core.tiers(own_key) if contract.may_load_from(tier, req_context)), None)
+
+    def lift_limit(self, request: "Request") -> None:
+        """The request is about to be looked up."""
+        self._notes(self._contexts[request.request_id]).limit = None
+
+    def limit_load(self, request: "Request", computed: int, matched: int) -> bool:
+        """Decides how much is loaded of the `matched` tokens that lookups found after `computed`. True: less than that, and
+        lookups say so now. (Blocks of sliding windows that will not be loaded count as if they were.)"""
+        if not contract.TELLS_POSITIONS or not self._settings.enabled:
+            return False
+        context = self._contexts[request.request_id]
+        notes = self._notes(context)
+        salt = notes.salt + self._life
+        found = []
+        for key, position in contract.key_positions(context).items():
+            if computed < position <= computed + matched:
+                tier = self._loadable_from(salted(key, salt), context)
+                if tier is not None:
+                    found.append((position, tier))
+        if not found:
+            return False
+        found.sort(key=lambda block: block[0])
+        notes.loads.decision = decision = self._decisions.decide(request, computed, found)
+        end = next(position for position, _ in [(computed, None), *found] if position >= decision.end)  # of a whole block
+        notes.limit = end if end < computed + matched else None
+        return notes.limit is not None
+
+    def note_scheduled(self, request: "Request") -> None:
+        """The request has its KV blocks: what was decided is done."""
+        self._decisions.count(self._notes(self._contexts[request.request_id]).loads)
+
+    def note_step(self, step: "SchedulerOutput") -> None:
+        self._decisions.begin_step(step)
+
+    def note_end(self, request: "Request") -> None:
+        self._decisions.end_request(request)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
         return contract.HIT_SOURCES[self._core.tier(*self._keys([key], req_context))]
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> SlotSpec:
         own_keys = self._keys(keys, req_context)
-        for key in own_keys:
-            self._core.counters["kvoffload_hit_blocks_total", str(self._core.tier(key))] += 1
+        tiers = Counter(self._core.tier(key) for key in own_keys)
+        for tier, blocks in tiers.items():
+            self._core.counters["kvoffload_hit_blocks_total", str(tier)] += blocks
         notes = self._notes(req_context)
         notes.transfer = next(self._transfers)
-        return SlotSpec.of(notes.transfer, self._core.load(own_keys, req_context.req_id))
+        self._decisions.begin_load(notes.loads, {tier: blocks for tier, blocks in tiers.items() if tier is not None})
+        return SlotSpec.of(notes.transfer, self._core.load(own_keys, req_context.req_id), notes.loads.patience_s)
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         notes = self._notes(req_context)
         failed = self._failed.pop(notes.transfer, {})
         self._core.load_done(self._keys(keys, req_context), req_context.req_id, failed)
+        self._decisions.end_load(notes.loads, failed.values())
         if failed:
             notes.recomputes = True
             reasons = sorted({errno.errorcode.get(error, str(error)) for error in failed.values()})
@@ -248,6 +300,7 @@ class ManagerAdapter(OffloadingManager):
     def on_request_finished(self, req_context: ReqContext) -> None:
         # Not in `touch`: vLLM calls it too often, from the first key to the last, and since 0.31 nowhere.
         self._core.touch(self._own_keys(req_context), req_context.req_id)
+        self._contexts.pop(req_context.req_id, None)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._core.end_step()
@@ -264,6 +317,7 @@ class ManagerAdapter(OffloadingManager):
         self._storing.clear()
         self._life = os.urandom(16)
         self._core.reset()
+        self._decisions.forget_loads()
 
     def shutdown(self) -> None:
         if self._store is not None:
@@ -331,5 +385,6 @@ class ManagerAdapter(OffloadingManager):
             if tier is Tier.SSD or self._core.dram_is_tier:  # bounce slots are no tier
                 yield ("kvoffload_used_bytes", tier.value), used * self._block_bytes
                 yield ("kvoffload_capacity_bytes", tier.value), capacity * self._block_bytes
+        yield from self._decisions.gauges()
         for labels, state in self._core.drive_states() if self._store is not None else ():
             yield ("kvoffload_drive_state", *labels), state.value

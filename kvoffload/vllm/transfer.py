@@ -23,15 +23,17 @@ class SlotSpec(LoadStoreSpec):
     generations: np.ndarray
     dram_slots: np.ndarray
     ssd_slots: np.ndarray
+    patience_s: float | None = None  # of a load: see BlockList
 
     @classmethod
-    def of(cls, transfer: int, placements: list[Placement]) -> "SlotSpec":
+    def of(cls, transfer: int, placements: list[Placement], patience_s: float | None = None) -> "SlotSpec":
         return cls(
             transfer=transfer,
             keys=[place.key for place in placements],
             generations=np.array([place.generation for place in placements], np.uint64),
             dram_slots=np.array([place.dram_slot for place in placements], np.uint32),
             ssd_slots=np.array([place.ssd_slot for place in placements], np.uint32),
+            patience_s=patience_s,
         )
 
 

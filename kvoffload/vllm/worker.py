@@ -53,8 +53,9 @@ def _block_list(slots: SlotSpec, blocks: GPULoadStoreSpec) -> BlockList:
     """Pairs slots with KV blocks: both are in group order, one block per key."""
     groups = np.repeat(np.arange(len(blocks.group_sizes), dtype=np.uint16), blocks.group_sizes)
     return BlockList(
-        slots.transfer, slots.keys, slots.generations, slots.dram_slots, slots.ssd_slots, blocks.block_ids, groups
-    )
+        slots.transfer, slots.keys, slots.generations, slots.dram_slots, slots.ssd_slots, blocks.block_ids, groups,
+        slots.patience_s,
+    )  # fmt: skip
 
 
 class WorkerAdapter(OffloadingWorker):

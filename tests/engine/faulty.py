@@ -104,15 +104,16 @@ def faulty_engines(plan: "FaultPlan") -> Iterator[None]:
 
 
 class FaultyKind(ctypes.Structure):
-    """The faults of one kind of request: `error` (an errno) and `stall_us` may be set at any time."""
+    """The faults of one kind of request: `error` (an errno), `stall_us` and `in_turn` may be set at any time."""
 
     _fields_ = (
         ("chance", ctypes.c_uint32 * len(FAULTS)),
         ("scripted_fault", ctypes.c_uint32),
         ("scripted", ctypes.c_uint32),
         ("error", ctypes.c_uint32),
-        ("zero", ctypes.c_uint32),
+        ("in_turn", ctypes.c_uint32),
         ("stall_us", ctypes.c_uint64),
+        ("free_at", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
         ("requests", ctypes.c_uint64),
         ("waiting", ctypes.c_uint64),
@@ -129,6 +130,11 @@ class FaultyKind(ctypes.Structure):
         """The next `count` requests get this fault."""
         self.scripted_fault = FAULTS.index(fault)
         self.scripted = count
+
+    def throttle(self, request_s: float) -> None:
+        """From now on each request takes so much of the drive's time, beside what it takes by itself."""
+        self.stall_us, self.in_turn, self.free_at = int(request_s * 1e6), 1, 0
+        self.set(stall=1)
 
     def injected(self, fault: str) -> int:
         """How often it happened."""
@@ -175,7 +181,8 @@ class FaultPlan:
         """No more faults, and nothing waits any longer."""
         for kind in self.kinds:
             kind.set()
-            kind.scripted = 0
+            kind.scripted = kind.in_turn = 0
+            kind.stall_us = FOREVER_US
         self.release()
 
     def __enter__(self) -> Self:

@@ -92,6 +92,16 @@ static bool is_scripted(fault_kind *kind) {
     return false;
 }
 
+static uint64_t due(fault_kind *kind) {
+    uint64_t now = kvo_now_us(), begin, end, free_at = __atomic_load_n(&kind->free_at, __ATOMIC_SEQ_CST);
+    if (!kind->in_turn) return kvo_later(now, kind->stall_us);
+    do {
+        begin = free_at > now ? free_at : now;
+        end = kvo_later(begin, kind->stall_us);
+    } while (!__atomic_compare_exchange_n(&kind->free_at, &free_at, end, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    return end;
+}
+
 static void decide(request *it, fault_plan *plan, int number, int fd) {
     fault_kind *kind = it->kind = &plan->kinds[number];
     it->fault = FAULTS;
@@ -111,7 +121,7 @@ static void decide(request *it, fault_plan *plan, int number, int fd) {
     if (wait == FAULTS) return;
     it->waits = true;
     it->queued = wait == FAULT_QUEUED;
-    it->due = kvo_later(kvo_now_us(), kind->stall_us);
+    it->due = due(kind);
     count(&kind->injected[wait], 1);
     count(&kind->waiting, 1);
 }

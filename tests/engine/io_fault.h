@@ -24,8 +24,9 @@ typedef struct {
     uint32_t chance[FAULTS];       /* of 65536: a request gets one fault or none, and may wait (STALL, QUEUED) beside that */
     uint32_t script, scripted;     /* the next `scripted` requests get the fault `script`, and nothing else */
     uint32_t error;                /* errno */
-    uint32_t zero;
+    uint32_t in_turn;              /* STALLs come one after the other, as on a slow drive: each takes `stall_us` of its time */
     uint64_t stall_us;             /* UINT64_MAX: until released */
+    uint64_t free_at;              /* kept here: when what waits in turn is through */
     uint64_t seed;
     uint64_t requests, waiting;    /* counted here: since the file was made, and now */
     uint64_t injected[FAULTS];     /* counted here */
@@ -38,6 +39,6 @@ typedef struct {
     uint64_t released;      /* a change lets go what is waiting then */
     fault_kind kinds[FAULTY_KINDS];
 } fault_plan;
-_Static_assert(sizeof(fault_plan) == 24 + 5 * 168, "FaultPlan in faulty.py mirrors this");
+_Static_assert(sizeof(fault_plan) == 24 + 5 * 176, "FaultPlan in faulty.py mirrors this");
 
 #endif

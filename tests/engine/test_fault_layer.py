@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.engine.world import (
     make_files,
     open_engine,
     read,
+    run,
     run_one,
     stored,
     wait_until,
@@ -263,3 +265,11 @@ def test_children_of_a_process_have_the_faults_too(start, tmp_path):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert plan.read.injected("error") == 1
+
+
+def test_a_throttled_drive_serves_one_request_after_the_other(faulty):
+    faulty.faults.read.throttle(0.02)
+    begun = time.monotonic()
+    statuses = run(faulty.engine, *(read(1, slot, slot, id=slot) for slot in range(1, 5)))
+    assert set(statuses.values()) == {0}
+    assert time.monotonic() - begun >= 4 * 0.02

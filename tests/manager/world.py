@@ -12,7 +12,7 @@ from enum import Enum
 
 from kvoffload.blocks import READY, Placement
 from kvoffload.manager import BlockManager
-from kvoffload.types import NO_SLOT, BlockKey, Demotion, add_errors
+from kvoffload.types import LATE, NO_SLOT, BlockKey, Demotion, add_errors
 
 
 class MemoryJournal:
@@ -137,9 +137,9 @@ class SimWorker:
         if mood is Mood.HUNG and place.dram_slot != NO_SLOT:
             self.in_use[place.dram_slot] = place.ssd_slot % len(self.moods)
         if mood in (Mood.HUNG, Mood.DEAD):
-            return errno.ETIMEDOUT if mood is Mood.HUNG else errno.EIO, b""
+            return self.rng.choice(LATE) if mood is Mood.HUNG else errno.EIO, b""
         if fault:
-            return self.rng.choice([errno.EIO, errno.ETIMEDOUT]), b""
+            return self.rng.choice([errno.EIO, *LATE]), b""
         source = self.dram.get(place.dram_slot) if place.ssd_slot == NO_SLOT else self.ssd.get(place.ssd_slot)
         if source is None or source[:2] != (place.key, place.generation):
             return errno.EBADMSG, b""
@@ -296,7 +296,7 @@ class World:
             self.manager.store_done(keys, job.failed)
             return
         for place in job.places:
-            if job.failed.get(place.key) != errno.ETIMEDOUT and place.ssd_slot != NO_SLOT:
+            if job.failed.get(place.key) not in LATE and place.ssd_slot != NO_SLOT:
                 # One rank's damage speaks louder than another's lateness; the engine has spare memory for a few of these.
                 for worker in self.workers:
                     worker.in_use.pop(place.dram_slot, None)

@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     TransferJob,
 )
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.kv_offload.base import (
     GPULoadStoreSpec,
     LookupResult,
@@ -274,9 +275,11 @@ def test_the_connector_names_what_a_step_overwrites_if_the_model_runner_does_so_
     connector = KVOffloadConnector.__new__(KVOffloadConnector)
     connector._overwrites_first = second_runner
     connector.connector_scheduler = SimpleNamespace(manager=manager, build_connector_meta=lambda _: next(steps))
-    nothing = SimpleNamespace(new_block_ids_to_zero=None, kv_cache_block_copies=None)
+    idle = CachedRequestData.make_empty()
+    rest = {"scheduled_cached_reqs": idle, "scheduled_new_reqs": [], "preempted_req_ids": None}
+    nothing = SimpleNamespace(new_block_ids_to_zero=None, kv_cache_block_copies=None, **rest)
     copies = [KVCacheBlockCopy(src_block_id=12, dst_block_id=13)]
-    something = SimpleNamespace(new_block_ids_to_zero=[10, 99], kv_cache_block_copies=copies)
+    something = SimpleNamespace(new_block_ids_to_zero=[10, 99], kv_cache_block_copies=copies, **rest)
     assert [connector.build_connector_meta(step).store_jobs for step in (nothing, something)] == jobs
     for job in jobs:
         manager.complete_store([key for key in keys if key in job[min(job)].dst_spec.keys], context)

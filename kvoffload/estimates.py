@@ -1,0 +1,252 @@
+"""Load or recompute: what computing and loading take, learned from what they took, and which of them a prompt gets.
+Scheduler side, one thread, no clock of its own.
+
+All times are as a request sees them, from the moment it could begin to the moment its result is there, with the steps of the
+model, the other requests and the queues that lie between. So the estimates need no knowledge of model or machine.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from kvoffload.types import Tier
+
+FORGETTING = 0.9  # what an observation weighs after the next one: some ten count
+SURPRISE, SURPRISED = 3.0, 0.1  # times off the mark, after which all that was seen before weighs this much of the new one
+SIMPLER = 0.7  # what a more complicated formula may leave of the error of a simpler one, to be preferred to it
+REACH, REACH_FADES = 8, 0.99  # times the most tokens that were seen computed, which fades: of more nothing is predicted
+LATE = 2.0  # times what a load had taken when it was given up, for want of knowing
+PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow tier has become faster
+PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
+SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
+PATIENCE_MIN_S = 0.5  # that any load is given: less says more about a busy machine than about a drive
+
+
+class Cost:
+    """Seconds as a sum of features times factors of at least 0, fitted by least squares to what was seen, older observations
+    weighing less. The first feature is the size. An error weighs by the size, not by itself: so a few slow ones count as slow,
+    and many small ones do not outweigh a large one. Features come in the order of preference: where a formula of fewer explains
+    as much, it is taken. `scales`: of the features, so that numbers are near 1."""
+
+    def __init__(self, *scales: float):
+        self._scales = np.array(scales)
+        self._square = np.zeros((len(scales), len(scales)))
+        self._product = np.zeros(len(scales))
+        self._total = 0.0
+        self._factors: np.ndarray | None = None
+
+    def observe(self, seconds: float, *features: float) -> None:
+        expected = self.predict(*features)
+        keep = FORGETTING
+        if expected is not None and not 1 / SURPRISE < seconds / max(expected, 1e-6) < SURPRISE:
+            keep = min(keep, SURPRISED * features[0] / self._scales[0] / self._square[0, 0])
+        row = np.array(features) / self._scales
+        self._square = keep * self._square + np.outer(row, row) / row[0]
+        self._product = keep * self._product + seconds * row / row[0]
+        self._total = keep * self._total + seconds * seconds / row[0]
+        self._factors = None
+
+    def predict(self, *features: float) -> float | None:
+        """None if nothing was seen."""
+        if self._total == 0:
+            return None
+        if self._factors is None:
+            self._factors = self._fit()
+        return float(self._factors @ (np.array(features) / self._scales))
+
+    def _fit(self) -> np.ndarray:
+        """The factors that leave the least error, of all choices of features; there are few. (A sum of squared errors is
+        total - 2 f.product + f.square.f; with the best f of a choice, total - f.product.)"""
+        best, least = np.zeros(len(self._scales)), np.inf
+        for count in range(1, len(self._scales) + 1):
+            for chosen in combinations(range(len(self._scales)), count):
+                square = self._square[np.ix_(chosen, chosen)]
+                if np.linalg.cond(square) > 1e10:
+                    continue
+                found = np.linalg.solve(square, self._product[list(chosen)])
+                error = max(0.0, self._total - float(found @ self._product[list(chosen)]))
+                if (found >= 0).all() and error < SIMPLER * least:
+                    best, least = np.zeros(len(self._scales)), error
+                    best[list(chosen)] = found
+        return best
+
+
+class Prefill:
+    """Of `tokens` after `context`: some time a token, more the more it attends to, and some for the step itself."""
+
+    def __init__(self) -> None:
+        self._cost = Cost(1e3, 1e6, 1.0)
+        self._reach = 0.0
+
+    def observe(self, seconds: float, tokens: int, context: int) -> None:
+        self._reach = max(REACH_FADES * self._reach, REACH * tokens)
+        self._cost.observe(seconds, tokens, tokens * (context + tokens / 2), 1.0)
+
+    def seconds(self, tokens: int, context: int) -> float | None:
+        """None if nothing was seen that would tell: how long a few tokens take says little about a whole prompt."""
+        if tokens > self._reach:
+            return None
+        return self._cost.predict(tokens, tokens * (context + tokens / 2), 1.0)
+
+
+class Part(NamedTuple):
+    """A stretch of a prompt that one tier holds."""
+
+    end: int  # tokens of the prompt, where it ends
+    tier: Tier
+    nbytes: int  # on one rank
+
+
+class Kind(StrEnum):
+    LOAD = "load"  # all there is
+    PART = "part"
+    RECOMPUTE = "recompute"
+
+
+class Why(StrEnum):
+    FASTER = "faster"  # as predicted
+    LEARNING = "learning"  # nothing is known yet of loading or of computing
+    PROBE = "probe"  # to see whether a tier is still as slow as it was
+    ASKED = "asked"  # by the request
+
+
+class Decision(NamedTuple):
+    end: int  # load the prompt up to here, in tokens
+    kind: Kind
+    why: Why
+    load_s: float | None  # predicted for the load
+    patience_s: float | None  # to give it up after; None: nothing is known
+
+
+@dataclass
+class Probing:
+    """Of a tier that is too slow to be worth loading from."""
+
+    pause_s: float
+    next_at: float
+
+
+class Loading(NamedTuple):
+    """A load in flight."""
+
+    begun: float
+    nbytes: dict[Tier, int]
+    queued: dict[Tier, int]  # with what was in flight before it
+    predicted_s: float | None
+
+
+class Estimates:
+    def __init__(self, counters: Counter[tuple[str, ...]]) -> None:
+        self.prefill = Prefill()
+        self._load = {tier: Cost(1e6, 1.0) for tier in Tier}
+        self._queued = dict.fromkeys(Tier, 0)
+        self._probing: dict[Tier, Probing] = {}
+        self._counters = counters
+
+    # -- deciding ----------------------------------------------------------------------------------------------
+
+    def decide(self, now: float, computed: int, total: int, parts: Sequence[Part]) -> Decision:
+        """How far to load a prompt of `total` tokens, of which `computed` need neither loading nor computing. `parts` follow
+        one another from there on; each is as large as can be.
+
+        The time to the first token, when the load ends at n: load(bytes up to n) + prefill(total - n, after n). Saving grows
+        with n at least linearly, and loading linearly within a part, so the best n is the end of a part, or `computed`.
+        """
+        whole = self._recompute_s(total, computed)
+        ends = [computed, *(part.end for part in parts)]
+        loads = [0.0, *(self._load_s(parts[: count + 1]) for count in range(len(parts)))]
+        if whole is None or any(seconds is None for seconds in loads):
+            return self._learn(now, whole, computed, parts, loads)
+        times = [load + (self._recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
+        best = min(range(len(times)), key=lambda count: (times[count], -count))
+        for part in parts[:best]:
+            self._probing.pop(part.tier, None)
+        if best < len(parts) and self._may_probe(now, parts[best].tier):
+            end = ends[best] + max(1, (parts[best].end - ends[best]) // PROBE_SHARE)
+            return Decision(end, Kind.PART, Why.PROBE, None, PATIENCE_MIN_S + 2 * loads[best])
+        kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
+        saved = whole - (self._recompute_s(total, ends[best]) or 0.0)
+        return Decision(ends[best], kind, Why.FASTER, loads[best], max(PATIENCE_MIN_S, saved))
+
+    def _learn(
+        self, now: float, whole: float | None, computed: int, parts: Sequence[Part], loads: Sequence[float | None]
+    ) -> Decision:
+        """Loads, as far as nothing is known against it. But if it is known only that loading takes long, recomputing once
+        tells whether that takes longer."""
+        known = [seconds for seconds in loads if seconds is not None]
+        if whole is None and max(known) > SLOW_S and self._may_probe(now, parts[-1].tier):
+            return Decision(computed, Kind.RECOMPUTE, Why.LEARNING, None, None)
+        return Decision(parts[-1].end, Kind.LOAD, Why.LEARNING, None, None if whole is None else max(PATIENCE_MIN_S, whole))
+
+    def _recompute_s(self, total: int, context: int) -> float | None:
+        return self.prefill.seconds(max(1, total - context), context)
+
+    def _load_s(self, parts: Sequence[Part]) -> float | None:
+        """Tiers are read one beside the other, so what counts is the slowest; what is queued there comes first."""
+        slowest = 0.0
+        for tier, nbytes in _bytes_by_tier(parts).items():
+            seconds = self._load[tier].predict(self._queued[tier] + nbytes, 1.0)
+            if seconds is None:
+                return None
+            slowest = max(slowest, seconds)
+        return slowest
+
+    def _may_probe(self, now: float, tier: Tier) -> bool:
+        probing = self._probing.setdefault(tier, Probing(PROBE_S, now + PROBE_S))
+        if now < probing.next_at:
+            return False
+        probing.pause_s = min(2 * probing.pause_s, PROBE_MAX_S)
+        probing.next_at = now + probing.pause_s
+        return True
+
+    # -- learning ----------------------------------------------------------------------------------------------
+
+    def begin_load(self, now: float, nbytes: dict[Tier, int], predicted_s: float | None) -> Loading:
+        for tier, more in nbytes.items():
+            self._queued[tier] += more
+        return Loading(now, nbytes, {tier: self._queued[tier] for tier in nbytes}, predicted_s)
+
+    def end_load(self, now: float, loading: Loading, arrived: bool, late: bool) -> None:
+        """`late`: it was given up, so it would have taken longer than it did. One that failed otherwise teaches nothing."""
+        for tier, nbytes in loading.nbytes.items():
+            self._queued[tier] -= nbytes
+        seconds = now - loading.begun
+        if not (arrived or late):
+            return
+        self._compare("load", loading.predicted_s, seconds)
+        # Of several tiers it is the one that was expected to take longest.
+        expected = {tier: self._load[tier].predict(queued, 1.0) for tier, queued in loading.queued.items()}
+        slowest = max(expected, key=lambda tier: np.inf if expected[tier] is None else expected[tier])
+        self._load[slowest].observe(seconds if arrived else LATE * seconds, loading.queued[slowest], 1.0)
+
+    def forget_loads(self) -> None:
+        """Those in flight will not be told of."""
+        self._queued = dict.fromkeys(Tier, 0)
+
+    def end_prefill(self, seconds: float, tokens: int, context: int) -> None:
+        self._compare("prefill", self.prefill.seconds(tokens, context), seconds)
+        self.prefill.observe(seconds, tokens, context)
+
+    def _compare(self, what: str, predicted_s: float | None, seconds: float) -> None:
+        if predicted_s is None:
+            return
+        self._counters["kvoffload_predicted_seconds_total", what] += predicted_s
+        self._counters["kvoffload_actual_seconds_total", what] += seconds
+        self._counters["kvoffload_prediction_error_seconds_total", what] += abs(seconds - predicted_s)
+
+    def load_bytes_per_second(self, tier: Tier, nbytes: int) -> float | None:
+        """Of a load of so many bytes on an idle tier, latency included."""
+        seconds = self._load[tier].predict(nbytes, 1.0)
+        return None if not seconds else nbytes / seconds
+
+
+def _bytes_by_tier(parts: Sequence[Part]) -> dict[Tier, int]:
+    found: dict[Tier, int] = {}
+    for part in parts:
+        found[part.tier] = found.get(part.tier, 0) + part.nbytes
+    return found

@@ -1,0 +1,175 @@
+"""What is loaded of a request, between vLLM's scheduler and the estimates."""
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.core.sched.output import CachedRequestData
+
+from kvoffload.types import Tier
+from kvoffload.vllm import decisions
+from tests.rim.test_manager import adapter, end_step, hits, request, store
+
+BLOCKS, TOKENS = 10, 320
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(decisions, "time", clock)
+    return clock
+
+
+def ask(name: str = "r", **params) -> SimpleNamespace:
+    return SimpleNamespace(request_id=name, num_tokens=TOKENS, num_output_tokens=1, kv_transfer_params=params or None)
+
+
+def step(new=(), cached=None, preempted=None) -> SimpleNamespace:
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, prompt_token_ids=[0] * tokens, num_computed_tokens=context)
+            for name, tokens, context in new
+        ],
+        scheduled_cached_reqs=cached or CachedRequestData.make_empty(),
+        preempted_req_ids=preempted,
+    )
+
+
+def computed(manager, clock: Clock, seconds: float, tokens: int = TOKENS) -> None:
+    """A prompt without a hit: begun in a step, and its first token is there before the next."""
+    manager.note_step(step([("cold", tokens, 0)]))
+    clock.now += seconds
+    manager.note_end(SimpleNamespace(request_id="cold", num_output_tokens=1))
+
+
+def loaded(manager, clock: Clock, seconds: float, error: int = 0) -> None:
+    context, keys = request(manager, "warm", BLOCKS)
+    spec = manager.prepare_load(keys, context)
+    clock.now += seconds
+    if error:
+        manager._failed[spec.transfer] = dict.fromkeys(spec.keys, error)
+    manager.complete_load(keys, context)
+
+
+def held(clock: Clock):
+    manager = adapter()
+    context, keys = request(manager, "r", BLOCKS)
+    assert store(manager, context, keys) == keys
+    end_step(manager)
+    return manager, context, keys
+
+
+def decided(manager) -> dict[tuple[str, str], float]:
+    return {tuple(labels): value for (name, *labels), value in manager._core.counters.items() if "decisions" in name}
+
+
+def test_a_load_that_takes_longer_than_computing_is_not_promised_and_one_that_does_not_is(clock):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 5.0)
+    assert manager.limit_load(ask(), 0, TOKENS)
+    assert not any(hits(manager, context, keys))
+    manager.note_scheduled(ask())
+    for _ in range(30):
+        loaded(manager, clock, 0.01)
+    manager.lift_limit(ask())
+    assert not manager.limit_load(ask(), 0, TOKENS)
+    assert all(hits(manager, context, keys))
+    assert decided(manager) == {("recompute", "faster"): 1}, "vLLM asks again and again, and is given blocks once"
+
+
+def test_a_part_that_is_loaded_ends_with_a_block(clock):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 5.0)
+    assert manager.limit_load(ask(), 0, TOKENS)
+    clock.now += 1e4  # past the pause: a small part shows whether it is as slow as it was
+    assert manager.limit_load(ask(), 0, TOKENS)
+    assert hits(manager, context, keys) == [True] + [False] * (BLOCKS - 1)
+
+
+@pytest.mark.parametrize(("wish", "hit"), [("load", True), ("recompute", False)])
+def test_a_request_may_say_what_it_wants(clock, wish, hit):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 0.01 if wish == "recompute" else 5.0)
+    manager.limit_load(ask(kvoffload=wish), 0, TOKENS)
+    assert hits(manager, context, keys) == [hit] * BLOCKS
+    manager.note_scheduled(ask())
+    assert decided(manager) == {(wish, "asked"): 1}
+
+
+def test_a_wish_that_is_none_is_said_and_passed_over(clock, caplog):
+    manager, context, keys = held(clock)
+    with caplog.at_level("WARNING", logger="kvoffload"):
+        decisions.logger.propagate, decisions.logger.parent.propagate = True, True
+        assert not manager.limit_load(ask(kvoffload="never"), 0, TOKENS)
+    assert "'never', which is neither 'load' nor 'recompute'" in caplog.text
+    assert all(hits(manager, context, keys))
+
+
+def test_a_load_is_given_as_long_as_it_saves(clock):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 3.0)
+    loaded(manager, clock, 0.01)
+    assert not manager.limit_load(ask(), 0, TOKENS)
+    assert 2.5 < manager.prepare_load(keys, context).patience_s <= 3.0
+
+
+@pytest.mark.parametrize("error", [errno.ETIME, errno.ETIMEDOUT, errno.ECANCELED])
+def test_a_load_that_was_given_up_counts_as_slow_and_one_that_failed_does_not(clock, error):
+    manager, *_ = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 0.01)
+    loaded(manager, clock, 0.6, errno.EIO)
+    assert not manager.limit_load(ask(), 0, TOKENS)
+    manager, *_ = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 0.01)
+    loaded(manager, clock, 0.6, error)
+    assert manager.limit_load(ask(), 0, TOKENS)
+
+
+def test_what_a_preempted_request_computes_again_is_not_timed(clock):
+    manager, *_ = held(clock)
+    manager.note_step(step([("cold", TOKENS, 0)]))
+    manager.note_step(step(preempted={"cold"}))
+    clock.now += 100.0
+    manager.note_end(SimpleNamespace(request_id="cold", num_output_tokens=1))
+    assert manager._decisions._estimates.prefill.seconds(TOKENS, 0) is None
+
+
+def test_a_prompt_is_computed_when_its_first_token_is_seen_and_what_was_loaded_does_not_count(clock):
+    manager, *_ = held(clock)
+    manager.note_step(step([("cold", 1000, 200)]))
+    clock.now += 2.0
+    cached = CachedRequestData(["cold"], set(), [], {}, [None], [1000], [0])
+    manager.note_step(step(cached=cached))
+    clock.now += 2.0
+    cached.num_output_tokens = [1]
+    manager.note_step(step(cached=cached))
+    assert manager._decisions._estimates.prefill.seconds(800, 200) == pytest.approx(4.0)
+    assert manager._decisions._prefilling == {}
+
+
+def test_after_a_reset_loads_in_flight_queue_no_longer(clock):
+    manager, context, keys = held(clock)
+    manager.prepare_load(keys, context)
+    manager.reset_cache()
+    assert manager._decisions._estimates._queued == dict.fromkeys(Tier, 0)
+
+
+def test_learned_rates_are_gauges(clock):
+    manager, *_ = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 0.01)
+    gauges = dict(manager._gauges())
+    assert gauges["kvoffload_prefill_tokens_per_second",] == pytest.approx(TOKENS)
+    assert gauges["kvoffload_load_bytes_per_second", "dram"] > 0

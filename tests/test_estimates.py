@@ -1,0 +1,212 @@
+"""Load or recompute: what is learned from what happened, and what is decided by it. Worlds with known costs."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvoffload.estimates import PATIENCE_MIN_S, PROBE_S, Decision, Estimates, Kind, Part, Why
+from kvoffload.types import Tier
+
+MB = 10**6
+TOKEN_BYTES = 16_000
+
+
+class World:
+    """Computing and loading take what they take here; an engine does one thing at a time."""
+
+    def __init__(self, token_s: float = 5e-4, pair_s: float = 0.0, step_s: float = 0.01, noise: float = 0.0, seed: int = 0):
+        self.now = 0.0
+        self.token_s, self.pair_s, self.step_s = token_s, pair_s, step_s
+        self.rate = {Tier.DRAM: 10e9, Tier.SSD: 1e9}
+        self.latency = {Tier.DRAM: 0.001, Tier.SSD: 0.005}
+        self.noise, self.rng = noise, random.Random(seed)
+        self.counters: Counter[tuple[str, ...]] = Counter()
+        self.estimates = Estimates(self.counters)
+
+    def prefill_s(self, tokens: int, context: int) -> float:
+        return self._noisy(self.step_s + self.token_s * tokens + self.pair_s * tokens * (context + tokens / 2))
+
+    def load_s(self, nbytes: dict[Tier, int]) -> float:
+        return self._noisy(max(self.latency[tier] + count / self.rate[tier] for tier, count in nbytes.items()))
+
+    def _noisy(self, seconds: float) -> float:
+        return seconds * self.rng.lognormvariate(0, self.noise)
+
+    def compute(self, tokens: int, context: int = 0) -> float:
+        seconds = self.prefill_s(tokens, context)
+        self.now += seconds
+        self.estimates.end_prefill(seconds, tokens, context)
+        return seconds
+
+    def decide(self, parts: list[Part], total: int, computed: int = 0) -> Decision:
+        return self.estimates.decide(self.now, computed, total, parts)
+
+    def request(self, parts: list[Part], total: int) -> tuple[Decision, float]:
+        """Does what was decided; returns the time to the first token as well."""
+        decision, begun = self.decide(parts, total), self.now
+        nbytes, start = Counter(), 0
+        for part in parts:
+            share = max(0.0, min(1.0, (decision.end - start) / (part.end - start)))
+            if share:
+                nbytes[part.tier] += int(share * part.nbytes)
+            start = part.end
+        end = decision.end
+        if nbytes:
+            loading = self.estimates.begin_load(self.now, dict(nbytes), decision.load_s)
+            seconds = self.load_s(nbytes)
+            late = decision.patience_s is not None and seconds > decision.patience_s
+            self.now += decision.patience_s if late else seconds
+            self.estimates.end_load(self.now, loading, not late, late)
+            end = 0 if late else end
+        self.compute(max(1, total - end), end)
+        return decision, self.now - begun
+
+
+def ssd(tokens: int) -> list[Part]:
+    return [Part(tokens, Tier.SSD, tokens * TOKEN_BYTES)]
+
+
+def taught(**world: float) -> World:
+    """It has seen prompts computed and loaded."""
+    made = World(**world)
+    for tokens in (500, 2000, 1000, 4000):
+        made.compute(tokens)
+        made.request(ssd(tokens), tokens)
+    return made
+
+
+def test_while_nothing_is_known_all_is_loaded():
+    decision = World().decide(ssd(1000), 1000)
+    assert decision == (1000, Kind.LOAD, Why.LEARNING, None, None)
+
+
+def test_a_slow_tier_is_loaded_from_no_more_once_that_is_known_and_again_when_it_is_fast():
+    world = taught()
+    assert world.decide(ssd(2000), 2000).kind is Kind.LOAD
+    world.rate[Tier.SSD] /= 100
+    asked = [world.request(ssd(2000), 2000) for _ in range(100)]
+    kinds = [decision.kind for decision, _ in asked]
+    assert kinds.index(Kind.RECOMPUTE) <= 2
+    times = [seconds for _, seconds in asked]
+    assert sorted(times)[50] <= 1.001 * world.prefill_s(2000, 0)
+    assert sum(times) <= 1.05 * 100 * world.prefill_s(2000, 0)
+    world.rate[Tier.SSD] *= 100
+    world.now += 1000.0
+    assert [world.request(ssd(2000), 2000)[0].why for _ in range(3)] == [Why.PROBE, Why.FASTER, Why.FASTER]
+    assert world.decide(ssd(2000), 2000).kind is Kind.LOAD
+
+
+def test_what_is_in_dram_is_loaded_and_what_is_on_a_slow_drive_behind_it_is_not():
+    world = taught()
+    for _ in range(3):
+        world.request([Part(2000, Tier.DRAM, 32 * MB)], 2000)
+    world.rate[Tier.SSD] /= 200
+    for _ in range(3):
+        world.request(ssd(4000), 4000)
+    decision = world.decide([Part(2000, Tier.DRAM, 32 * MB), Part(4000, Tier.SSD, 32 * MB)], 4000)
+    assert (decision.end, decision.kind) == (2000, Kind.PART)
+
+
+def test_a_long_prompt_is_loaded_where_a_short_one_is_recomputed():
+    """A load has a latency, and computing grows with the square of the length."""
+    world = World(token_s=1e-5, pair_s=1e-8, step_s=0.001)
+    world.latency[Tier.SSD] = 0.05
+    for tokens in (200, 8000, 1000, 4000) * 3:
+        world.compute(tokens)
+        loading = world.estimates.begin_load(world.now, {Tier.SSD: tokens * TOKEN_BYTES}, None)
+        world.now += world.load_s(loading.nbytes)
+        world.estimates.end_load(world.now, loading, True, False)
+    assert world.decide(ssd(500), 500).kind is Kind.RECOMPUTE
+    assert world.decide(ssd(8000), 8000).kind is Kind.LOAD
+
+
+def test_a_burst_is_not_queued_behind_the_drive_beyond_what_computing_takes():
+    world = taught()
+    queued = 0
+    while world.decide(ssd(2000), 2000).kind is Kind.LOAD:
+        world.estimates.begin_load(world.now, {Tier.SSD: 2000 * TOKEN_BYTES}, None)
+        queued += 2000 * TOKEN_BYTES
+        assert queued < 100e9
+    assert 0.5 * world.prefill_s(2000, 0) < queued / world.rate[Tier.SSD] < 1.5 * world.prefill_s(2000, 0)
+
+
+def test_loads_that_nobody_will_tell_of_queue_no_longer():
+    world = taught()
+    world.estimates.begin_load(world.now, {Tier.SSD: 10**12}, None)
+    assert world.decide(ssd(2000), 2000).kind is Kind.RECOMPUTE
+    world.estimates.forget_loads()
+    assert world.decide(ssd(2000), 2000).kind is Kind.LOAD
+
+
+def test_after_a_restart_on_a_slow_drive_one_prompt_is_recomputed_to_learn_what_that_takes():
+    world = World()
+    world.rate[Tier.SSD] /= 100
+    whys = []
+    for _ in range(6):
+        decision, _ = world.request(ssd(2000), 2000)
+        whys.append((decision.kind, decision.why))
+        world.now += PROBE_S
+    assert (Kind.RECOMPUTE, Why.LEARNING) in whys[:4]
+    assert whys[-1][0] is not Kind.LOAD
+
+
+def test_a_stalled_drive_costs_one_request_what_computing_takes_and_later_ones_little():
+    world = taught()
+    world.rate[Tier.SSD] = 1.0
+    alone = world.prefill_s(4000, 0)
+    times = [world.request(ssd(4000), 4000)[1] for _ in range(200)]
+    assert times[0] <= 2.05 * alone
+    assert sum(times[1:]) <= 1.05 * 199 * alone
+
+
+def test_what_loading_may_take_is_what_it_saves_but_no_less_than_noise():
+    world = taught()
+    long, short = world.decide(ssd(4000), 4000), world.decide(ssd(100), 100)
+    assert long.patience_s == pytest.approx(world.prefill_s(4000, 0) - world.step_s, rel=0.1)
+    assert short.patience_s == PATIENCE_MIN_S
+
+
+def test_predictions_are_counted_beside_what_came_of_them():
+    world = taught(noise=0.1)
+    for activity in ("load", "prefill"):
+        actual = world.counters["kvoffload_actual_seconds_total", activity]
+        assert world.counters["kvoffload_predicted_seconds_total", activity] == pytest.approx(actual, rel=0.5)
+        assert 0 < world.counters["kvoffload_prediction_error_seconds_total", activity] < actual
+
+
+lengths = st.integers(16, 20_000)
+costs = st.tuples(st.floats(1e-6, 1e-2), st.floats(0, 1e-7), st.floats(1e-4, 0.1))  # a token, a pair, a step
+drives = st.tuples(st.floats(1e6, 1e11), st.floats(1e-4, 0.5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(costs, drives, st.lists(lengths, min_size=3, max_size=12), st.integers(0, 2**32), st.floats(0, 0.3))
+def test_no_choice_looks_better_than_the_one_made(cost, drive, prompts, seed, noise):
+    world = World(*cost, noise=noise, seed=seed)
+    world.rate[Tier.SSD], world.latency[Tier.SSD] = drive
+    for tokens in prompts:
+        world.compute(tokens)
+        loading = world.estimates.begin_load(world.now, {Tier.SSD: tokens * TOKEN_BYTES}, None)
+        world.now += world.load_s(loading.nbytes)
+        world.estimates.end_load(world.now, loading, True, False)
+    total = max(prompts)
+    decision = world.decide(ssd(total), total)
+    assert decision.why is Why.FASTER and decision.end in (0, total)
+    loaded = world.estimates._load_s(ssd(total)) + world.estimates.prefill.seconds(1, total)
+    computed = world.estimates.prefill.seconds(total, 0)
+    assert (loaded <= computed) == (decision.end == total)
+
+
+@settings(max_examples=200, deadline=None)
+@given(costs, st.lists(lengths, min_size=4, max_size=12, unique=True), st.integers(0, 2**32))
+def test_without_noise_what_was_seen_is_predicted(cost, prompts, seed):
+    world = World(*cost, seed=seed)
+    for tokens in prompts * 3:
+        world.compute(tokens)
+    for tokens in prompts:
+        seconds = world.estimates.prefill.seconds(tokens, 0)
+        longest = world.prefill_s(max(prompts), 0)
+        assert seconds == pytest.approx(world.prefill_s(tokens, 0), rel=0.4, abs=0.4 * longest), "by the simplest formula"
