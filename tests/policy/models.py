@@ -1,0 +1,181 @@
+"""The policies over again, as slowly and plainly as their papers put them: lists, searched from end to end.
+
+Each is told of the same calls and says which block it would evict.
+"""
+
+from collections.abc import Callable
+
+SPARED = Callable[[bytes], bool]
+
+
+class FIFOModel:
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.queue: list[bytes] = []  # the oldest first
+
+    def enter(self, key: bytes, used: int) -> None:
+        self.queue.append(key)
+
+    def use(self, key: bytes, now: int, again: bool) -> None:
+        pass
+
+    def leave(self, key: bytes) -> None:
+        self.queue.remove(key)
+
+    def victim(self, spared: SPARED) -> bytes | None:
+        return next((key for key in self.queue if not spared(key)), None)
+
+    def evicted(self, key: bytes) -> None:
+        self.leave(key)
+
+
+class LRUModel(FIFOModel):
+    """Times of use may come out of order: what enters may have been used long ago."""
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self.used: dict[bytes, int] = {}
+
+    def enter(self, key: bytes, used: int) -> None:
+        self.used[key] = used
+
+    def use(self, key: bytes, now: int, again: bool) -> None:
+        self.used[key] = now
+
+    def leave(self, key: bytes) -> None:
+        del self.used[key]
+
+    def victim(self, spared: SPARED) -> bytes | None:
+        return min((key for key in self.used if not spared(key)), key=self.used.__getitem__, default=None)
+
+
+class SIEVEModel(FIFOModel):
+    """One list and an index into it, as in the paper's figure. Spared blocks are passed with their mark. REQUIRES of `victim`:
+    there is one."""
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self.marked: set[bytes] = set()
+        self.hand = 0
+
+    def use(self, key: bytes, now: int, again: bool) -> None:
+        if not again:
+            self.marked.add(key)
+
+    def leave(self, key: bytes) -> None:
+        place = self.queue.index(key)
+        del self.queue[place]
+        self.marked.discard(key)
+        if place < self.hand:
+            self.hand -= 1
+
+    def enter(self, key: bytes, used: int) -> None:
+        if self.hand >= len(self.queue):
+            self.hand = 0
+        super().enter(key, used)
+
+    def victim(self, spared: SPARED) -> bytes | None:
+        while True:
+            self.hand %= len(self.queue)
+            key = self.queue[self.hand]
+            if not spared(key) and key not in self.marked:
+                return key
+            if not spared(key):
+                self.marked.remove(key)
+            self.hand += 1
+
+
+class S3FIFOModel(FIFOModel):
+    def __init__(self, capacity: int):
+        self.small: list[bytes] = []
+        self.main: list[bytes] = []
+        self.ghosts: list[bytes] = []
+        self.uses: dict[bytes, int] = {}
+        self.small_size = max(1, capacity // 10)
+        self.ghost_size = max(1, capacity - self.small_size)
+
+    def enter(self, key: bytes, used: int) -> None:
+        self.uses[key] = 0
+        if key in self.ghosts:
+            self.ghosts.remove(key)
+            self.main.append(key)
+        else:
+            self.small.append(key)
+
+    def use(self, key: bytes, now: int, again: bool) -> None:
+        if not again:
+            self.uses[key] = min(3, self.uses[key] + 1)
+
+    def leave(self, key: bytes) -> None:
+        (self.small if key in self.small else self.main).remove(key)
+        del self.uses[key]
+
+    def victim(self, spared: SPARED) -> bytes | None:
+        while True:
+            small = [key for key in self.small if not spared(key)]
+            main = [key for key in self.main if not spared(key)]
+            if not small and not main:
+                return None
+            from_small = len(self.small) >= self.small_size or not self.main
+            if small and (from_small or not main):
+                if self.uses[small[0]] <= 1:
+                    return small[0]
+                self.small.remove(small[0])
+                self.main.append(small[0])
+                self.uses[small[0]] = 0
+            else:
+                if self.uses[main[0]] == 0:
+                    return main[0]
+                self.main.remove(main[0])
+                self.main.append(main[0])
+                self.uses[main[0]] -= 1
+
+    def evicted(self, key: bytes) -> None:
+        if key in self.small:
+            self.ghosts.append(key)
+            self.ghosts = self.ghosts[-self.ghost_size :]
+        self.leave(key)
+
+
+class ARCModel(FIFOModel):
+    """T1, T2, B1, B2 and p of the paper; REPLACE without the key that comes in."""
+
+    def __init__(self, capacity: int):
+        self.c = max(1, capacity)
+        self.p = 0.0
+        self.t1: list[bytes] = []
+        self.t2: list[bytes] = []
+        self.b1: list[bytes] = []
+        self.b2: list[bytes] = []
+
+    def enter(self, key: bytes, used: int) -> None:
+        if key in self.b1:
+            self.p = min(self.c, self.p + max(1, len(self.b2) / len(self.b1)))
+            self.b1.remove(key)
+            self.t2.append(key)
+        elif key in self.b2:
+            self.p = max(0, self.p - max(1, len(self.b1) / len(self.b2)))
+            self.b2.remove(key)
+            self.t2.append(key)
+        else:
+            self.t1.append(key)
+
+    def use(self, key: bytes, now: int, again: bool) -> None:
+        queue = self.t1 if key in self.t1 else self.t2
+        queue.remove(key)
+        (queue if again else self.t2).append(key)
+
+    def leave(self, key: bytes) -> None:
+        (self.t1 if key in self.t1 else self.t2).remove(key)
+
+    def victim(self, spared: SPARED) -> bytes | None:
+        order = self.t1 + self.t2 if len(self.t1) > self.p else self.t2 + self.t1
+        return next((key for key in order if not spared(key)), None)
+
+    def evicted(self, key: bytes) -> None:
+        (self.b1 if key in self.t1 else self.b2).append(key)
+        self.leave(key)
+        if len(self.t1) + len(self.b1) > self.c and self.b1:
+            del self.b1[0]
+        if len(self.t1) + len(self.t2) + len(self.b1) + len(self.b2) > 2 * self.c and self.b2:
+            del self.b2[0]
