@@ -14,8 +14,8 @@ from kvoffload.policy.history import History
 from kvoffload.policy.levels import Entry, Levels, level_of
 from kvoffload.types import BlockKey
 
-HALF_LIVES = (0.25, 1.0, 4.0, 16.0)  # that compete, in turnovers: the time in which as many blocks are used as the tier holds
-MEMORY = 16.0  # turnovers after which a use counts half
+HALF_LIVES = (0.25, 1.0, 4.0, 16.0, 64.0)  # that compete, in turnovers: the time in which as many blocks are used as the tier holds
+MEMORY = 64.0  # turnovers after which a use counts half
 REMEMBERED = 2  # times as many blocks that left as the tier holds, at least
 SAMPLE = 512  # blocks that a simulated tier holds, at least
 ROUNDS = 4  # in a turnover

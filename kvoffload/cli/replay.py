@@ -1,0 +1,94 @@
+"""A trace replayed through the real block manager. No data is moved: every store, demotion and load succeeds at once."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvoffload.manager import BlockManager
+from kvoffload.policy import EvictionPolicy
+from kvoffload.types import BlockKey, Tier
+
+BOUNCE_SLOTS = 512  # where DRAM is no tier
+
+
+class NoJournal:
+    """Nothing is to survive. Generations must not repeat; else it is all one."""
+
+    def __init__(self) -> None:
+        self._generation = 0
+
+    def next_generation(self) -> int:
+        self._generation += 1
+        return self._generation
+
+    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None: ...
+
+    def delete(self, key: BlockKey) -> None: ...
+
+    def touch(self, keys: Iterable[BlockKey]) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+@dataclass
+class Result:
+    """In blocks."""
+
+    asked: int = 0
+    hits: int = 0
+    written: int = 0  # to SSD
+    evictions: dict[Tier, int] = field(default_factory=dict)
+    useful: int = 0  # of those written, how many were read before they left
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.asked if self.asked else 0.0
+
+    @property
+    def useful_rate(self) -> float:
+        return self.useful / self.written if self.written else 0.0
+
+
+class Replay:
+    def __init__(self, dram_slots: int, ssd_slots: int, policy: Callable[[int], EvictionPolicy]):
+        self.result = Result()
+        self._manager = BlockManager(
+            dram_slots or BOUNCE_SLOTS, ssd_slots, 1, NoJournal(), dram_is_tier=dram_slots > 0, policy=policy
+        )
+        self._unread: set[BlockKey] = set()  # written to SSD and not read since
+        self._number = 0
+
+    def request(self, keys: Sequence[BlockKey]) -> None:
+        manager, result, owner = self._manager, self.result, str(self._number)
+        self._number += 1
+        found: list[BlockKey] = []
+        for key in keys:
+            tier = manager.lookup(key)
+            if tier is None:
+                break
+            found.append(key)
+            if tier is Tier.SSD and key in self._unread:
+                self._unread.remove(key)
+                result.useful += 1
+        result.asked += len(keys)
+        result.hits += len(found)
+        manager.load(found, owner)
+        manager.load_done(found, owner)
+        manager.end_step()
+        places = {key: place for place, key in enumerate(keys)}
+        rest = list(keys)
+        while rest:  # as many at a time as there is room for, as a prompt is computed in parts
+            stored = manager.store([(key, 0) for key in rest], owner, places)
+            placed = [placement.key for placement in stored.placements]
+            manager.store_done(placed)
+            self._demote()
+            rest = rest[rest.index(placed[-1]) + 1 :] if placed and stored.dropped else []
+        manager.touch(keys, owner)
+        manager.end_step()
+        result.evictions = {tier: manager.counters["kvoffload_evictions_total", tier.value] for tier in Tier}
+
+    def _demote(self) -> None:
+        while demotions := self._manager.plan():
+            for demotion in demotions:
+                self._manager.ack(demotion.id, 1)
+                self._unread.add(demotion.key)
+            self.result.written += len(demotions)

@@ -1,0 +1,100 @@
+"""`kvoffload simulate`: what tiers of a given size would have saved on a trace, for one policy or for all."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvoffload.cli.clairvoyant import clairvoyant_hits
+from kvoffload.cli.replay import Replay, Result
+from kvoffload.cli.traces import Trace, read
+from kvoffload.errors import UserError
+from kvoffload.policy import DEFAULT, POLICIES
+from kvoffload.types import Tier
+
+GB = 10**9
+SHARES = (1, 5, 10, 25, 50)  # percent of a trace's different blocks, for a sweep
+CLAIRVOYANT = "clairvoyant"
+
+
+def simulate(
+    trace: Annotated[Path, typer.Option(help="Requests in JSON lines, as Mooncake or Bailian publish them.")],
+    dram_gb: Annotated[float, typer.Option(min=0, help="The DRAM tier, in GB.")] = 0,
+    ssd_gb: Annotated[float, typer.Option(min=0, help="The SSD tier, in GB.")] = 0,
+    policy: Annotated[str, typer.Option(help=f"Which block leaves first: {', '.join(POLICIES)}.")] = DEFAULT,
+    kv_bytes_per_token: Annotated[int, typer.Option(min=1, help="Of all layers; 131072 is an 8B model's in 16 bits.")] = 131072,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests of the trace.")] = None,
+    sweep: Annotated[bool, typer.Option(help="All policies, with SSD tiers of 1 to 50 % of the trace's blocks.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Where a sweep draws its curves (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Replays a trace through the block manager, and reports hits and bytes written. No data is moved."""
+    if policy not in POLICIES:
+        raise UserError(f"there is no policy {policy!r}; take one of {', '.join(POLICIES)}")
+    if plot and not sweep:
+        raise UserError("--plot draws a sweep; add --sweep")
+    requests = read(trace, limit)
+    if sweep:
+        rates = sweep_rates(requests)
+        print_sweep(rates)
+        if plot:
+            draw(rates, plot)
+        return
+    block_bytes = kv_bytes_per_token * requests.block_tokens
+    dram_slots, ssd_slots = int(dram_gb * GB // block_bytes), int(ssd_gb * GB // block_bytes)
+    if not dram_slots and not ssd_slots:
+        raise UserError(f"no tier holds a block of {block_bytes / 1e6:g} MB; give --dram-gb or --ssd-gb more")
+    print_result(requests, run(requests, dram_slots, ssd_slots, policy), block_bytes)
+
+
+def run(trace: Trace, dram_slots: int, ssd_slots: int, policy: str) -> Result:
+    replay = Replay(dram_slots, ssd_slots, POLICIES[policy])
+    console = Console(stderr=True)
+    for request in track(trace.requests, policy, console=console, transient=True, disable=not console.is_terminal):
+        replay.request(request)
+    return replay.result
+
+
+def sweep_rates(trace: Trace) -> dict[str, list[float]]:
+    """Prefix-hit rates by policy, one for each of SHARES; with the bound."""
+    slots = [max(1, trace.blocks * share // 100) for share in SHARES]
+    rates = {policy: [run(trace, 0, count, policy).hit_rate for count in slots] for policy in POLICIES}
+    rates[CLAIRVOYANT] = [clairvoyant_hits(trace.requests, count) / trace.uses for count in slots]
+    return rates
+
+
+def print_sweep(rates: dict[str, list[float]]) -> None:
+    table = Table("SSD, % of blocks", *(str(share) for share in SHARES), title="Prefix-hit rate")
+    for policy, row in rates.items():
+        table.add_row(policy, *(f"{rate:.3f}" for rate in row))
+    Console().print(table)
+
+
+def print_result(trace: Trace, result: Result, block_bytes: int) -> None:
+    table = Table("", "", show_header=False)
+    table.add_row("prompt tokens asked for", f"{result.asked * trace.block_tokens:,}")
+    table.add_row("of these hit", f"{result.hits * trace.block_tokens:,} ({result.hit_rate:.1%})")
+    table.add_row("written to SSD", f"{result.written * block_bytes / GB:,.1f} GB")
+    table.add_row("of these read at least once", f"{result.useful_rate:.1%}")
+    for tier in Tier:
+        table.add_row(f"evictions from {tier.value}", f"{result.evictions[tier]:,}")
+    Console().print(table)
+
+
+def draw(rates: dict[str, list[float]], file: Path) -> None:
+    try:
+        from matplotlib.figure import Figure  # not at the top: users need it for this alone
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib; pip install matplotlib") from error
+    figure = Figure(figsize=(8, 5))
+    axes = figure.add_subplot(xlabel="SSD tier, % of the trace's different blocks", ylabel="prefix-hit rate", xscale="log")
+    for policy, row in rates.items():
+        axes.plot(SHARES, row, "k--" if policy == CLAIRVOYANT else "o-", label=policy, linewidth=2.5 if policy == DEFAULT else 1)
+    axes.set_xticks(SHARES, labels=[str(share) for share in SHARES])
+    axes.legend()
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be drawn ({error}); give a .png, .svg or .pdf in a directory that exists") from error

@@ -1,0 +1,71 @@
+"""Traces of requests: the blocks that each prompt consists of, in the order in which the requests came."""
+
+import json
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from kvoffload.errors import UserError
+from kvoffload.types import BlockKey
+
+MOONCAKE_TOKENS = 512  # in a block of the traces published with Mooncake
+BAILIAN_TOKENS = 16  # in one of those that Alibaba's Bailian (qwen-bailian) publishes; their requests name a chat
+
+
+class Trace(NamedTuple):
+    requests: list[list[BlockKey]]  # each the blocks of its prompt in prefix order
+    block_tokens: int
+
+    @property
+    def blocks(self) -> int:
+        """Different ones."""
+        return len({key for request in self.requests for key in request})
+
+    @property
+    def uses(self) -> int:
+        return sum(map(len, self.requests))
+
+
+def read(file: Path, limit: int | None = None) -> Trace:
+    """JSON lines of either kind, told apart by `chat_id`; the first `limit` requests."""
+    keys: dict[int, BlockKey] = {}
+    requests = []
+    block_tokens = MOONCAKE_TOKENS
+    for number, row in islice(_rows(file), limit):
+        ids = row.get("hash_ids")
+        if not isinstance(ids, list) or not all(isinstance(block, int) for block in ids):
+            raise UserError(f"{file}, line {number}: no list of numbers in hash_ids; give a Mooncake or Bailian trace")
+        if "chat_id" in row:
+            block_tokens = BAILIAN_TOKENS
+        ids = list(dict.fromkeys(ids))
+        requests.append([keys.setdefault(block, key_of(block)) for block in ids])
+    if not requests:
+        raise UserError(f"{file} holds no requests; give a trace in JSON lines")
+    return Trace(requests, block_tokens)
+
+
+def key_of(block: int) -> BlockKey:
+    """As evenly spread as vLLM's, which are hashes."""
+    return blake2b(str(block).encode(), digest_size=16).digest()
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _row(file, number, line)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); give a trace in JSON lines") from error
+
+
+def _row(file: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {number} is not JSON ({error.msg}); give a trace in JSON lines") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{file}, line {number} is not a request; give a Mooncake or Bailian trace")
+    return row

@@ -1,0 +1,133 @@
+"""The simulator: against caches small enough to be worked out by hand or searched through, and by its command."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from kvoffload.cli.clairvoyant import clairvoyant_hits
+from kvoffload.cli.replay import Replay
+from kvoffload.cli.traces import key_of, read
+from kvoffload.policy import POLICIES
+
+CHATS = [[0, 1, 2], [0, 1, 2, 3], [4], [0, 1, 2, 3, 5], [4, 6], [0, 7]]
+
+
+def mooncake(path, requests=CHATS):
+    rows = [{"timestamp": 0, "input_length": 512 * len(ids), "output_length": 1, "hash_ids": ids} for ids in requests]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def bailian(path):
+    rows = [
+        {"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 40, "output_length": 9, "type": "text", "turn": 1,
+         "hash_ids": [11, 12, 13]},
+        {"chat_id": 2, "parent_chat_id": 1, "timestamp": 9.5, "input_length": 60, "output_length": 9, "type": "text", "turn": 2,
+         "hash_ids": [11, 12, 13, 14]},
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def kvoffload(*arguments):
+    command = [sys.executable, "-c", "from kvoffload.cli import main; main()", "simulate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"COLUMNS": "200"})
+
+
+def best_hits(requests, capacity):
+    """By trying every set of blocks that could be kept after every request."""
+    best = {frozenset(): 0}
+    for request in requests:
+        after = {}
+        for kept, hits in best.items():
+            hits += next((place for place, key in enumerate(request) if key not in kept), len(request))
+            there = sorted(kept | set(request))
+            for size in range(min(capacity, len(there)) + 1):
+                for choice in map(frozenset, itertools.combinations(there, size)):
+                    after[choice] = max(after.get(choice, 0), hits)
+        best = after
+    return max(best.values())
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_clairvoyant_hits_as_much_as_the_best_of_all_choices(seed):
+    rng = random.Random(seed)
+    chains = [[0, 1, 2], [0, 1, 3], [0, 4], [5, 6], [7]]
+    requests = [chain[: rng.randint(1, len(chain))] for chain in rng.choices(chains, k=7)]
+    for capacity in range(5):
+        assert clairvoyant_hits(requests, capacity) == best_hits(requests, capacity), (seed, capacity, requests)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("dram", "ssd"), [(0, 64), (64, 0), (8, 64)])
+def test_a_tier_with_room_for_all_hits_all_that_was_there(policy, dram, ssd):
+    replay = Replay(dram, ssd, POLICIES[policy])
+    for ids in CHATS:
+        replay.request([key_of(block) for block in ids])
+        replay._manager.check()
+    assert (replay.result.asked, replay.result.hits) == (17, 9)
+    assert replay.result.written == (8 if ssd else 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_hits_more_than_the_clairvoyant(policy):
+    rng = random.Random(7)
+    chains = [[100 + 100 * number + place for place in range(rng.randint(1, 12))] for number in range(30)]
+    requests = [[key_of(b) for b in [0, 1, *rng.choice(chains), 10**6 + number]] for number in range(200)]
+    for capacity in (5, 40, 90):
+        replay = Replay(0, capacity, POLICIES[policy])
+        for request in requests:
+            replay.request(request)
+        replay._manager.check()
+        assert replay.result.hits <= clairvoyant_hits(requests, capacity)
+
+
+def test_both_kinds_of_trace_are_read(tmp_path):
+    assert read(mooncake(tmp_path / "a")).block_tokens == 512
+    trace = read(bailian(tmp_path / "b"))
+    assert (trace.block_tokens, trace.blocks, trace.uses) == (16, 4, 7)
+    assert trace.requests[1][:3] == trace.requests[0]
+    assert len(read(mooncake(tmp_path / "a"), 2).requests) == 2
+
+
+def test_the_command_reports_hits_and_writes(tmp_path):
+    done = kvoffload("--trace", bailian(tmp_path / "b"), "--ssd-gb", 1)
+    assert done.returncode == 0, done.stderr
+    assert "48 (42.9%)" in done.stdout
+    assert "75.0%" in done.stdout
+
+
+def test_a_sweep_draws_its_curves(tmp_path):
+    plot = tmp_path / "curves.svg"
+    done = kvoffload("--trace", mooncake(tmp_path / "a"), "--sweep", "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert "clairvoyant" in done.stdout
+    assert "<svg" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "says"),
+    [
+        ("", ["--ssd-gb", 1], "holds no requests"),
+        ("{]", ["--ssd-gb", 1], "line 1 is not JSON"),
+        ("[1]", ["--ssd-gb", 1], "not a request"),
+        ("\n{}", ["--ssd-gb", 1], "line 2: no list of numbers"),
+        (None, ["--ssd-gb", 1], "cannot be read"),
+        ('{"hash_ids": [1]}', [], "give --dram-gb or --ssd-gb"),
+        ('{"hash_ids": [1]}', ["--policy", "best"], "take one of"),
+        ('{"hash_ids": [1]}', ["--plot", "x.png"], "add --sweep"),
+        ('{"hash_ids": [1]}', ["--sweep", "--plot", "no/such/x.png"], "cannot be drawn"),
+    ],
+)
+def test_what_users_do_wrong_is_one_sentence(tmp_path, text, arguments, says):
+    trace = tmp_path / "trace"
+    if text is not None:
+        trace.write_text(text)
+    done = kvoffload("--trace", trace, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
