@@ -4,7 +4,7 @@ It knows blocks and slots; what is in flight, and why, is the block manager's af
 """
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from kvoffload.blocks import ABSENT, READY, Block, Journal, Recovered
 from kvoffload.drives import Drive, Drives
@@ -20,7 +20,7 @@ class Index:
         dram_is_tier: bool,
         drives: Drives,
         journal: Journal,
-        policy: Callable[[int], EvictionPolicy],
+        dram_policy: EvictionPolicy,
         counters: Counter[tuple[str, ...]],
     ):
         self.dram_is_tier, self.drives, self._journal, self._counters = dram_is_tier, drives, journal, counters
@@ -28,7 +28,7 @@ class Index:
         self.dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
         self.promised: set[BlockKey] = set()  # by lookups of this step: not evicted
         self.dram = SlotPool(range(dram_slots))
-        self.dram_policy = policy(dram_slots)
+        self.dram_policy = dram_policy
         self._was_writing = drives.writing
         self._now = 0
 

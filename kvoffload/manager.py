@@ -21,7 +21,7 @@ from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
 from kvoffload.drives import Drive, Drives
 from kvoffload.index import Index
-from kvoffload.policy import LRU, EvictionPolicy
+from kvoffload.policy import DEFAULT, LRU, POLICIES, EvictionPolicy
 from kvoffload.types import LATE, MILDEST_FIRST, NO_SLOT, BlockKey, Demotion, Tier
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,20 @@ class BlockManager:
         dram_is_tier: bool = True,
         drives: Sequence[str] = ("0",),
         recovered: Iterable[Recovered] = (),
-        policy: Callable[[int], EvictionPolicy] = LRU,
+        policy: Callable[[int], EvictionPolicy] = POLICIES[DEFAULT],
         clock: Callable[[], float] = time.monotonic,
     ):
         """`dram_is_tier` False: DRAM slots only carry blocks to the SSD. `drives`: those that SSD slots are striped over, as
-        they are called in the log. `recovered`: oldest first. `policy`: makes one for so many blocks."""
+        they are called in the log. `recovered`: oldest first. `policy`: makes one for so many blocks, for the SSD tier, or
+        for DRAM where there is none."""
         self.ranks = ranks
         self.dram_is_tier = dram_is_tier
         self._journal = journal
         self.counters: Counter[tuple[str, ...]] = Counter()
         self._drives = Drives(drives, ssd_slots, min(DEMOTIONS_MAX, dram_slots), clock, policy, self.counters)
         self._ssd_slots = ssd_slots
-        self._index = Index(dram_slots, dram_is_tier, self._drives, journal, policy, self.counters)
+        dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
+        self._index = Index(dram_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters)
         self._stores: dict[BlockKey, Block] = {}
         # By owner and key, with the drive (None: from DRAM) and how often it had answered when the load began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
@@ -192,9 +194,9 @@ class BlockManager:
         unsaved = Unsaved(own, self._index.blocks)
         self._index.use([key for key, _ in keys], owner)
         placements: list[Placement] = []
-        missing = [(key, group) for key, group in keys if not self._holds(key)]
+        missing = {key: group for key, group in keys if not self._holds(key)}
         useless = not self.dram_is_tier and not self._drives.take_stores()  # bounce slots would only fill up
-        for key, group in missing if not useless else ():
+        for key, group in missing.items() if not useless else ():
             slot = self._index.take_dram_slot(unsaved)
             if slot == NO_SLOT:
                 break

@@ -330,3 +330,8 @@ def test_one_load_does_not_look_for_dram_slots_again_and_again():
     books.manager._index.take_dram_slot = lambda *exempt: asked.append(1) or take(*exempt)
     books.manager.load(prefix("a", 200), "r")
     assert len(asked) == 1
+
+
+def test_a_block_that_is_offered_twice_in_one_store_gets_one_slot():
+    books = Books(dram=4, ssd=8)
+    assert books.store([b"a", b"a", b"b"]) == [b"a", b"b"]
