@@ -19,6 +19,7 @@ from kvoffload.types import Tier
 FORGETTING = 0.9  # what an observation weighs after the next one: some ten count
 SURPRISE, SURPRISED = 3.0, 0.1  # times off the mark, after which all that was seen before weighs this much of the new one
 SIMPLER = 0.7  # what a more complicated formula may leave of the error of a simpler one, to be preferred to it
+CONVINCED = 3  # loads from a tier: before, they are made anyway, for the first ones of a process are slow
 REACH, REACH_FADES = 8, 0.99  # times the most tokens that were seen computed, which fades: of more nothing is predicted
 LATE = 2.0  # times what a load had taken when it was given up, for want of knowing
 PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow tier has become faster
@@ -38,12 +39,17 @@ class Cost:
         self._square = np.zeros((len(scales), len(scales)))
         self._product = np.zeros(len(scales))
         self._total = 0.0
+        self._slow = 0  # surprises in a row
+        self.seen = 0
         self._factors: np.ndarray | None = None
 
     def observe(self, seconds: float, *features: float) -> None:
         expected = self.predict(*features)
+        ratio = 1.0 if expected is None else seconds / max(expected, 1e-6)
+        self._slow = self._slow + 1 if ratio > SURPRISE else 0
+        self.seen += 1
         keep = FORGETTING
-        if expected is not None and not 1 / SURPRISE < seconds / max(expected, 1e-6) < SURPRISE:
+        if ratio < 1 / SURPRISE or self._slow > 1:  # one that is slow may be an accident, one that is fast is none
             keep = min(keep, SURPRISED * features[0] / self._scales[0] / self._square[0, 0])
         row = np.array(features) / self._scales
         self._square = keep * self._square + np.outer(row, row) / row[0]
@@ -191,7 +197,7 @@ class Estimates:
         slowest = 0.0
         for tier, nbytes in _bytes_by_tier(parts).items():
             seconds = self._load[tier].predict(self._queued[tier] + nbytes, 1.0)
-            if seconds is None:
+            if seconds is None or self._load[tier].seen < CONVINCED:
                 return None
             slowest = max(slowest, seconds)
         return slowest

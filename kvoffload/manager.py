@@ -149,6 +149,7 @@ class BlockManager:
         What a failure says about the drive, and whether the block is kept, is for `Drives.end_load`. In DRAM a block that
         was late, that was not tried (ECANCELED) or that the GPU did not take (EREMOTEIO) is kept.
         """
+        silent = set()
         for key in sorted(keys, key=failed.__contains__):  # what arrived first: it shows that the drive answers
             block, drive, answers = self._loads.pop((owner, key), (None, None, 0))
             if block is None:
@@ -158,7 +159,7 @@ class BlockManager:
             spoiled = error != 0 and error not in MILDEST_FIRST
             if drive is not None:
                 if error == errno.ETIME and drive.answers == answers:
-                    error = errno.ETIMEDOUT  # it had time, and answered nothing at all
+                    silent.add(drive)
                 answered, spoiled = self._drives.end_load(drive, error)
                 if answered and drive.late_slots:
                     self._take_back_slots(drive)
@@ -169,6 +170,8 @@ class BlockManager:
             if spoiled:
                 self._index.forget(block)
             self._index.settle(block)
+        for drive in silent:
+            self._drives.end_silent_load(drive)
         self._index.settle_dirty()
 
     def _end_promotion(self, block: Block, drive: Drive | None, error: int) -> None:

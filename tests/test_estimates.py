@@ -145,11 +145,11 @@ def test_after_a_restart_on_a_slow_drive_one_prompt_is_recomputed_to_learn_what_
     world = World()
     world.rate[Tier.SSD] /= 100
     whys = []
-    for _ in range(6):
+    for _ in range(8):
         decision, _ = world.request(ssd(2000), 2000)
         whys.append((decision.kind, decision.why))
         world.now += PROBE_S
-    assert (Kind.RECOMPUTE, Why.LEARNING) in whys[:4]
+    assert whys.count((Kind.RECOMPUTE, Why.LEARNING)) == 1
     assert whys[-1][0] is not Kind.LOAD
 
 

@@ -10,16 +10,19 @@ PROMPT = 30 * BLOCK
 POOL = {"max_model_len": 1056, "num_gpu_blocks_override": 40}  # a prompt of 30 blocks pushes out the one before
 SOURCES = ("device", "host", "disk")
 SETTLE_S = 60
+LOAD = {"kvoffload": "load"}  # whether that is faster depends on how busy this machine is; tests/e2e/test_slow_drive.py asks it
 
 
-def ask(engine: VllmProcess, prompts: list[list[int]], **options) -> list[list[int]]:
-    return [answer.tokens for answer in engine.generate(prompts, TOKENS, **options)]
+def ask(engine: VllmProcess, prompts: list[list[int]], wish: dict | None = LOAD, **options) -> list[list[int]]:
+    return [answer.tokens for answer in engine.generate(prompts, TOKENS, kv_transfer_params=wish, **options)]
 
 
-def ask_one(engine: VllmProcess, prompt: list[int], **options) -> tuple[Answer, dict[str, float]]:
+def ask_one(
+    engine: VllmProcess, prompt: list[int], wish: dict | None = LOAD, **options
+) -> tuple[Answer, dict[str, float]]:
     """The answer, and how many of the prompt's tokens were found where: in GPU memory, DRAM ("host") or on SSD."""
     before = loaded(engine)
-    (answer,) = engine.generate([prompt], TOKENS, **options)
+    (answer,) = engine.generate([prompt], TOKENS, kv_transfer_params=wish, **options)
     after = loaded(engine)
     return answer, {source: after[source] - before[source] for source in SOURCES}
 

@@ -35,10 +35,10 @@ class Life:
             answer, source = ask_one(self.engine, prompt)
             assert answer.tokens == tokens and source["disk"] == PROMPT, source
 
-    def check_answers(self, rounds: int = 1) -> None:
+    def check_answers(self, rounds: int = 1, **options) -> None:
         before = len(self.lines())
         for _ in range(rounds):
-            assert ask(self.engine, self.asked) == self.want
+            assert ask(self.engine, self.asked, **options) == self.want
         said = self.lines()[before:]
         assert len(said) <= rounds * PROMPTS + 2, "\n".join(said)  # one a request, and that a drive is left alone
 

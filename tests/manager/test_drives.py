@@ -3,7 +3,7 @@
 import errno
 
 from kvoffload.breaker import PAUSE_MAX_S, PAUSE_MIN_S
-from kvoffload.drives import FULL_S, QUIET_S
+from kvoffload.drives import FULL_S, QUIET_S, SILENCES_MAX
 from kvoffload.types import NO_SLOT, Tier
 from tests.manager.books import Books, prefix
 
@@ -363,3 +363,29 @@ def test_a_bounced_block_that_failed_as_one_drives_trial_is_the_next_ones():
     assert books.demote(errno.EIO) == [b"a0"]
     assert books.demote() == [b"a0"]
     assert books.tiers([b"a0"]) == [Tier.SSD]
+
+
+def test_a_load_that_its_request_gave_up_is_no_fault_of_a_drive_that_answers_others():
+    books = Books(dram=4, ssd=16, tier=False)
+    blocks = prefix("a", 4)
+    books.store(blocks)
+    books.demote()
+    for _ in range(2 * SILENCES_MAX):
+        books.manager.load(blocks, "r")
+        books.manager.load_done(blocks, "r", dict.fromkeys(blocks[1:], errno.ETIME))
+        books.manager.check()
+    assert books.tiers(blocks)[1:] == [Tier.SSD] * 3
+
+
+def test_a_drive_that_ends_nothing_in_the_time_of_three_loads_that_were_given_up_is_left_alone():
+    books = Books(dram=4, ssd=16)
+    blocks = on_ssd_only(books, "a", 4)
+    for number in range(SILENCES_MAX):
+        assert books.tiers(blocks) == [Tier.SSD] * 4, number
+        books.manager.load(blocks, "r")
+        books.manager.load_done(blocks, "r", dict.fromkeys(blocks, errno.ETIME))
+        books.manager.check()
+    assert books.tiers(blocks) == [None] * 4
+    books.now += PAUSE_MIN_S
+    load(books, blocks[:1])
+    assert books.tiers(blocks[1:]) == [Tier.SSD] * 3, "they were kept"

@@ -1,0 +1,56 @@
+"""A drive that is slower than computing, under a running vLLM: prompts are computed, and loaded again when it is fast."""
+
+import time
+
+import pytest
+
+from tests.e2e.offload import PROMPT, ask, ask_one
+from tests.e2e.test_drive_faults import Life
+from tests.engine.faulty import FaultPlan
+
+SLOW_S = 0.2  # for each of a prompt's 30 blocks: 6 s, where computing takes one or two
+
+
+@pytest.fixture
+def plan(tmp_path):
+    with FaultPlan(tmp_path / "plan") as plan:
+        yield plan
+
+
+def decisions(engine) -> dict[str, float]:
+    metrics = engine.metrics()
+    return {
+        kind: metrics.sum("kvoffload_load_decisions_total", decision=kind) for kind in ("load", "part", "recompute")
+    }
+
+
+def test_a_prompt_is_computed_while_its_drive_is_slow_and_loaded_when_it_is_fast_again(serve, baseline, prompts, tmp_path, plan):
+    settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3}
+    life = Life(serve, plan, baseline, prompts, settings)
+    assert decisions(life.engine)["load"] >= len(life.asked)
+
+    plan.read.throttle(SLOW_S)
+    life.check_answers(wish=None)  # the first two of them find out
+    before = decisions(life.engine)
+    life.check_answers(rounds=2, wish=None)
+    after = decisions(life.engine)
+    assert after["load"] == before["load"]
+    assert after["recompute"] + after["part"] == before["recompute"] + before["part"] + 2 * len(life.asked)
+    metrics = life.engine.metrics()
+    assert metrics.sum("kvoffload_drive_state") == 0, "slow is not broken"
+    assert metrics.sum("kvoffload_load_bytes_per_second", tier="ssd") < 20e6
+    assert metrics.sum("kvoffload_prefill_tokens_per_second") > 0
+
+    plan.heal()
+    deadline = time.monotonic() + 120
+    while ask_one(life.engine, life.asked[0], wish=None)[1]["disk"] < PROMPT:
+        assert time.monotonic() < deadline, decisions(life.engine)
+        assert ask(life.engine, life.asked[1:], wish=None) == life.want[1:]
+
+
+def test_a_request_that_wants_its_prompt_computed_gets_it_computed(serve, baseline, prompts, tmp_path, plan):
+    life = Life(serve, plan, baseline, prompts, {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3})
+    answer, source = ask_one(life.engine, life.asked[0], wish={"kvoffload": "recompute"})
+    assert answer.tokens == life.want[0] and source["disk"] == 0
+    answer, source = ask_one(life.engine, life.asked[1], wish={"kvoffload": "load"})
+    assert answer.tokens == life.want[1] and source["disk"] == PROMPT
