@@ -36,7 +36,7 @@ class Stored(NamedTuple):
 class Block:
     __slots__ = (
         "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
-        "dirty", "used", "user", "depth", "loads", "demotion", "promoter", "late", "gone",
+        "dirty", "used", "user", "uses", "unread", "depth", "loads", "demotion", "promoter", "late", "gone",
     )  # fmt: skip
 
     def __init__(self, key: BlockKey, group: int, generation: int, used: int, depth: int = 0):
@@ -45,6 +45,8 @@ class Block:
         self.generation = generation
         self.used = used  # when it was last used, on the manager's counter
         self.user = ""  # the request that used it last
+        self.uses = 1  # requests that are known to have used it; counted where admission asks
+        self.unread = False  # written to the SSD and not read from there since
         self.depth = depth  # its place in that request; 0 also when it is not known
         self.dram, self.dram_slot = ABSENT, NO_SLOT
         self.ssd, self.ssd_slot = ABSENT, NO_SLOT

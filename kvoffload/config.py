@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from .errors import ConfigError
 GB = 10**9
 AUTOMATIC = -1.0
 _GB_MAX = 10**9  # an exabyte
+Admissions = Literal["all", "second-touch"]
 _PATHS_MAX = 64  # far beyond a machine's drives; every path holds one file for every rank open
 
 
@@ -33,6 +34,8 @@ class Config(BaseModel):
     nvme_path: tuple[str, ...] = ()  # absolute; blocks are striped over several
     dram_kv_offload_gb: float = 0.0
     ssd_kv_offload_gb: float = 0.0  # 0: no SSD tier; -1: automatic, from what is free
+    ssd_admission: Admissions = "all"
+    ssd_write_gb_per_day: float | None = None  # None: no limit
     resume_kv_cache: bool = True
     clean_obsolete_kv_cache: bool = False
     disable_gpu_reuse: bool = False
@@ -59,6 +62,10 @@ class Config(BaseModel):
     def ssd_bytes(self) -> int | None:
         """The cap on everything below the nvme paths together; 0 is off, None is automatic."""
         return None if self.ssd_kv_offload_gb == AUTOMATIC else round(self.ssd_kv_offload_gb * GB)
+
+    @property
+    def ssd_write_bytes_per_day(self) -> int | None:
+        return None if self.ssd_write_gb_per_day is None else round(self.ssd_write_gb_per_day * GB)
 
     @property
     def enabled(self) -> bool:
@@ -102,8 +109,28 @@ class Config(BaseModel):
             raise ValueError(f"ssd_kv_offload_gb must be 0 (off), -1 (automatic) or more than 0, not {value!r}")
         return size
 
+    @field_validator("ssd_admission", mode="before")
+    @classmethod
+    def _check_admission(cls, value: object) -> object:
+        if value not in get_args(Admissions):
+            raise ValueError(f"ssd_admission must be {' or '.join(map(repr, get_args(Admissions)))}, not {value!r}")
+        return value
+
+    @field_validator("ssd_write_gb_per_day", mode="before")
+    @classmethod
+    def _check_budget(cls, value: object) -> float | None:
+        if value is None:
+            return None
+        size = _as_number("ssd_write_gb_per_day", value)
+        if size <= 0:
+            raise ValueError(f"ssd_write_gb_per_day must be more than 0, not {value!r}: leave it out for no limit")
+        return size
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        for name in ("ssd_admission", "ssd_write_gb_per_day"):
+            if name in self.model_fields_set and getattr(self, name) is not None and self.ssd_kv_offload_gb == 0:
+                raise ValueError(f"{name} is set but there is no SSD tier: set ssd_kv_offload_gb or leave it out")
         if self.ssd_kv_offload_gb != 0 and not self.nvme_path:
             raise ValueError("ssd_kv_offload_gb is set but nvme_path is not: name the directory that may hold the cache")
         return self

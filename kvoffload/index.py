@@ -6,6 +6,7 @@ It knows blocks and slots; what is in flight, and why, is the block manager's af
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 
+from kvoffload.admission import Ghosts
 from kvoffload.blocks import ABSENT, READY, Block, Journal, Recovered
 from kvoffload.drives import Drive, Drives
 from kvoffload.policy import EvictionPolicy
@@ -22,8 +23,10 @@ class Index:
         journal: Journal,
         dram_policy: EvictionPolicy,
         counters: Counter[tuple[str, ...]],
+        ghosts: Ghosts | None = None,
     ):
         self.dram_is_tier, self.drives, self._journal, self._counters = dram_is_tier, drives, journal, counters
+        self._ghosts = ghosts  # what becomes of those forgotten; None: nobody asks
         self.blocks: dict[BlockKey, Block] = {}
         self.dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
         self.promised: set[BlockKey] = set()  # by lookups of this step: not evicted
@@ -71,6 +74,8 @@ class Index:
             return
         block.gone = True
         block.dirty = False
+        if self._ghosts is not None:
+            self._ghosts.leave(block.key, block.uses)
         del self.blocks[block.key]
         self.dirty.pop(block.key, None)
         self.dram_policy.leave(block.key)

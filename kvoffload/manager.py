@@ -3,10 +3,10 @@
 It decides and keeps books; it moves no data. Slot numbers it hands out mean the same on every rank. Per tier a block
 is absent, moving in, or ready; what reads it (loads, a demotion) is counted, and a block in use is on no eviction list.
 
-A block's life: `store` gives it a DRAM slot (moving in) -> `store_done` (ready, and dirty while the SSD lacks it)
--> `plan` demotes it (SSD slot, moving in) -> `ack` from every rank (ready on SSD, journalled; clean) -> eviction of
-the DRAM copy is bookkeeping. `lookup` promises a block until `end_step`, `load` keeps it in use until
-`load_done`. A block that fails is forgotten; the request recomputes.
+A block's life: `store` gives it a DRAM slot (moving in) -> `store_done` (ready, and dirty while the SSD lacks it; what
+admission refuses is clean, and offered again when another request uses it) -> `plan` demotes it (SSD slot, moving in)
+-> `ack` from every rank (ready on SSD, journalled; clean) -> eviction of the DRAM copy is bookkeeping. `lookup` promises a
+block until `end_step`, `load` keeps it in use until `load_done`. A block that fails is forgotten; the request recomputes.
 """
 
 import errno
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from kvoffload.admission import Admission, AdmitAll
 from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Recovered, Stored, Unsaved
 from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
@@ -43,19 +44,23 @@ class BlockManager:
         drives: Sequence[str] = ("0",),
         recovered: Iterable[Recovered] = (),
         policy: Callable[[int], EvictionPolicy] = POLICIES[DEFAULT],
+        admission: Admission | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`dram_is_tier` False: DRAM slots only carry blocks to the SSD. `drives`: those that SSD slots are striped over, as
         they are called in the log. `recovered`: oldest first. `policy`: makes one for so many blocks, for the SSD tier, or
-        for DRAM where there is none."""
+        for DRAM where there is none. `admission`: None writes every block to the SSD."""
         self.ranks = ranks
         self.dram_is_tier = dram_is_tier
         self._journal = journal
         self.counters: Counter[tuple[str, ...]] = Counter()
         self._drives = Drives(drives, ssd_slots, min(DEMOTIONS_MAX, dram_slots), clock, policy, self.counters)
         self._ssd_slots = ssd_slots
+        self._admission = admission or Admission(AdmitAll(), None, 0)
+        self._selective = self._admission.selective and ssd_slots > 0
+        ghosts = self._admission.ghosts
         dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
-        self._index = Index(dram_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters)
+        self._index = Index(dram_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
         self._stores: dict[BlockKey, Block] = {}
         # By owner and key, with the drive (None: from DRAM) and how often it had answered when the load began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
@@ -116,7 +121,7 @@ class BlockManager:
         for what a lookup promised in the same step, but its recomputing is better than our raising.
         REQUIRES: `owner` has no other load of the same key in flight.
         """
-        self._index.use(keys, owner)  # before slots are taken: what moves in must not push out what is loaded beside it
+        self._use(keys, owner)  # before slots are taken: what moves in must not push out what is loaded beside it
         placements = []
         may_move_in = self.dram_is_tier
         for key in keys:
@@ -167,6 +172,9 @@ class BlockManager:
                 self._end_promotion(block, drive, error)
             if error:
                 self.counters["kvoffload_load_failures_total",] += 1
+            elif drive is not None and block.unread:
+                block.unread = False
+                self.counters["kvoffload_read_back_blocks_total",] += 1
             if spoiled:
                 self._index.forget(block)
             self._index.settle(block)
@@ -195,7 +203,7 @@ class BlockManager:
         must not lose its head to its tail.
         """
         unsaved = Unsaved(own, self._index.blocks)
-        self._index.use([key for key, _ in keys], owner)
+        self._use([key for key, _ in keys], owner)
         placements: list[Placement] = []
         missing = {key: group for key, group in keys if not self._holds(key)}
         useless = not self.dram_is_tier and not self._drives.take_stores()  # bounce slots would only fill up
@@ -207,6 +215,8 @@ class BlockManager:
                 self._index.forget_and_settle(self._index.blocks[key])
             block = Block(key, group, self._journal.next_generation(), 0, own.get(key, 0))
             block.dram, block.dram_slot, block.user = MOVING_IN, slot, owner
+            if self._admission.ghosts is not None:
+                block.uses += self._admission.ghosts.come(key)
             self._index.blocks[key] = self._stores[key] = block
             placements.append(Placement(key, block.generation, slot, NO_SLOT))
         for placement in reversed(placements):  # the head of a prefix is the last to leave
@@ -228,25 +238,50 @@ class BlockManager:
 
     def store_done(self, keys: Collection[BlockKey], failed: Container[BlockKey] = ()) -> None:
         """The store of `keys` ended on every rank. Keys that were not placed by `store` are passed over."""
-        for key in keys:
-            block = self._stores.pop(key, None)
-            if block is None:
-                continue
+        stored = [block for key in keys if (block := self._stores.pop(key, None)) is not None]
+        if self._selective:
+            stored.sort(key=lambda block: block.depth)  # a prefix is admitted from its head
+        for block in stored:
             block.dram = READY
-            if key in failed:
+            if block.key in failed:
                 self.counters["kvoffload_store_failures_total",] += 1
                 self._index.forget(block)
             elif self._ssd_slots and not block.gone:
-                block.dirty = True
-                self._index.dirty[key] = block
+                self._offer(block)
             self._index.settle(block)
 
     def touch(self, keys: Sequence[BlockKey], owner: str) -> None:
         """The request used the blocks, all that it has in prefix order, just now. Eviction takes the tail of a prefix before
         its head."""
-        on_ssd = [block.key for block in self._index.use(keys, owner) if block.ssd is READY]
+        on_ssd = [block.key for block in self._use(keys, owner) if block.ssd is READY]
         if on_ssd:
             self._journal.touch(on_ssd)
+
+    def _use(self, keys: Sequence[BlockKey], owner: str) -> list[Block]:
+        """`Index.use`. Blocks that the SSD lacks are offered to it again if another request used them before."""
+        if not self._selective:
+            return self._index.use(keys, owner)
+        blocks = self._index.blocks
+        again = [block for key in keys if (block := blocks.get(key)) is not None and block.user != owner]
+        used = self._index.use(keys, owner)
+        for block in again:
+            block.uses += 1
+            if block.dram is READY and block.ssd is ABSENT and not block.dirty and not block.late:
+                self._offer(block)
+                self._index.settle(block)
+        return used
+
+    def _offer(self, block: Block) -> None:
+        """To the SSD, which takes it or not. A bounce slot is not kept for a block that it does not take."""
+        waiting = len(self._index.dirty)
+        refusal = self._admission.refusal(block.user, block.group, block.depth, block.uses, waiting) if self._selective else ""
+        if not refusal:
+            block.dirty = True
+            self._index.dirty[block.key] = block
+            return
+        self.counters["kvoffload_refused_admissions_total", refusal] += 1
+        if not self.dram_is_tier:
+            self._index.forget(block)
 
     # -- demotion ----------------------------------------------------------------------------------------------
 
@@ -265,13 +300,15 @@ class BlockManager:
     def _plan_trials(self) -> list[Demotion]:
         demotions = []
         for drive in self._drives.to_write():
-            block = drive.next_trial()
+            affordable = self._admission.affords(len(self._index.dirty))
+            block = drive.next_trial() if affordable else None
             slot = self._index.take_ssd_slot([drive]) if block is not None else NO_SLOT
             if block is not None and slot != NO_SLOT:
                 demotions.append(self._demote(block, slot))
         return demotions
 
     def _demote(self, block: Block, slot: int) -> Demotion:
+        self._admission.written()
         block.ssd, block.ssd_slot = MOVING_IN, slot
         number = self._demotions.begin(block)
         drive = self._drives.of(slot)
@@ -297,6 +334,7 @@ class BlockManager:
             if block.late:  # still, as something else opened the drive meanwhile
                 drive.late_blocks.remove(block)
                 block.late = False
+            block.unread = True
             self.counters["kvoffload_demotions_total",] += 1
             if not block.gone:
                 self._journal.put(block.key, block.ssd_slot, block.generation, block.group)
@@ -321,10 +359,12 @@ class BlockManager:
             self._want_on_ssd(block)
 
     def _want_on_ssd(self, block: Block) -> None:
-        """Once more: its demotion failed. A bounce slot is not worth keeping for a drive that is left alone."""
-        if not self.dram_is_tier and not self._drives.take_stores():
+        """Once more, if the budget has it: its demotion failed. A bounce slot is not worth keeping for a drive that is left
+        alone."""
+        affordable = self._admission.affords(len(self._index.dirty))
+        if not self.dram_is_tier and not (affordable and self._drives.take_stores()):
             self._index.forget(block)
-        elif not block.gone:
+        elif affordable and not block.gone:
             block.dirty = True
             self._index.dirty[block.key] = block
 
@@ -379,6 +419,7 @@ class BlockManager:
                 block.dram = READY
             self._index.forget_and_settle(block, journal=False)
         self._index.promised.clear()
+        self._admission.reset()
         self._journal.clear()
 
     def check(self) -> None:

@@ -23,6 +23,20 @@ METRICS = {
     "kvoffload_stored_blocks_total": Metric("counter", "Blocks accepted into DRAM slots."),
     "kvoffload_dropped_stores_total": Metric("counter", "Blocks not stored because no slot was free."),
     "kvoffload_demotions_total": Metric("counter", "Blocks written to the SSD."),
+    "kvoffload_read_back_blocks_total": Metric(
+        "counter", "Of the blocks written to the SSD, those read from there at least once: useful writes."
+    ),
+    "kvoffload_useful_write_ratio": Metric("gauge", "The same as a share of the blocks written, all since the start."),
+    "kvoffload_refused_admissions_total": Metric(
+        "counter", "Times that a block was not written to the SSD when it could have been.", ("reason",)
+    ),  # reason: first_use, budget, behind (a block before it in its prefix was refused)
+    "kvoffload_ssd_written_today_bytes": Metric(
+        "gauge", "Bytes of slots written to the SSD by this process since 00:00 UTC, all ranks."
+    ),
+    "kvoffload_write_budget_left_bytes": Metric("gauge", "Bytes that may be written to the SSD now; only with a budget."),
+    "kvoffload_drive_percentage_used_ratio": Metric(
+        "gauge", "Endurance used up as the drive itself estimates it, 1: all; only where it tells.", ("drive",)
+    ),
     "kvoffload_demotion_failures_total": Metric("counter", "Blocks that could not be written to the SSD.", ("reason",)),
     "kvoffload_drive_state": Metric(
         "gauge", "0: in use, 1: on trial, with as little as possible, 2: left alone after failures.", ("drive", "direction")

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "kvoffload"
 # Each part, and the parts of kvoffload it may import beside itself. A new file must be given its place here.
 VOCABULARY = {"types", "layout", "errors"}
 SHARED = VOCABULARY | {"config", "slots", "metrics"}
-SCHEDULER_SIDE = {"manager", "books", "index", "drives", "breaker", "estimates", "policy", "store"}
+SCHEDULER_SIDE = {"manager", "admission", "books", "index", "drives", "breaker", "estimates", "policy", "store"}
 EVERYTHING = SHARED | SCHEDULER_SIDE | {"engine", "worker"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -28,10 +28,11 @@ MAY_IMPORT = {
     "store": SHARED,
     "breaker": SHARED,
     "estimates": SHARED,
+    "admission": SHARED,
     "drives": SHARED | {"breaker", "policy", "blocks"},
-    "index": SHARED | {"drives", "policy", "blocks"},
+    "index": SHARED | {"drives", "policy", "blocks", "admission"},
     "books": SHARED | {"index", "drives", "blocks"},
-    "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "store"},
+    "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "store", "admission"},
     "vllm": EVERYTHING,
     "cli": EVERYTHING | {"vllm"},
 }

@@ -15,8 +15,9 @@ from .digests import Digests
 from .journal import EPOCH_SHIFT, Entry, Kind, Record
 from .namespace import OWN_DIRECTORIES, Identity
 from .opening import CLOSE_SECONDS, Opened, open_namespace
+from .wear import DriveWear
 
-__all__ = ["Digests", "Entry", "Identity", "Store", "StoreStats"]
+__all__ = ["Digests", "DriveWear", "Entry", "Identity", "Store", "StoreStats"]
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ import errno
 import logging
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
 
+from kvoffload.admission import Admission, AdmitAll, Budget, SecondTouch, WrittenToday
 from kvoffload.config import Config
 from kvoffload.errors import ConfigError
 from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager
-from kvoffload.store import Store
+from kvoffload.store import DriveWear, Store
 from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
 from kvoffload.vllm import contract
 from kvoffload.vllm.decisions import Decisions, Loads
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+GHOSTS_PER_SLOT = 4  # blocks that left, remembered by the number of requests that used them, for each slot of a tier
 
 
 @dataclass
@@ -95,6 +99,16 @@ def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
         raise ConfigError(f"{asked} is more than the {memory / 1e9:.1f} GB of memory this machine has: lower it")
 
 
+def admission(settings: Config, geometry: Geometry, slots: int) -> Admission:
+    """What the user chose. `slots`: of all tiers."""
+    budget = None
+    if settings.ssd_write_bytes_per_day is not None:
+        block = slot_bytes(geometry.payload_bytes) * geometry.ranks
+        budget = Budget(settings.ssd_write_bytes_per_day / geometry.engines, block, time.monotonic)
+    policy = AdmitAll() if settings.ssd_admission == "all" else SecondTouch()
+    return Admission(policy, budget, GHOSTS_PER_SLOT * slots)
+
+
 class ManagerAdapter(OffloadingManager):
     """`open` completes it; vLLM constructs it before the KV-cache configuration can be given to it."""
 
@@ -116,6 +130,9 @@ class ManagerAdapter(OffloadingManager):
         self._core = BlockManager(0, 0, 1, NoJournal())
         self._decisions = Decisions(self._core.counters, 0)
         self._block_bytes = 0
+        self._today = WrittenToday(time.time())
+        self._admission = Admission(AdmitAll(), None, 0)
+        self._wear: DriveWear | None = None
 
     def open(self, geometry: Geometry, identity: dict[str, Any]) -> None:
         """Opens the store and sizes the tiers; ConfigError or StoreError say what the user must change."""
@@ -126,6 +143,7 @@ class ManagerAdapter(OffloadingManager):
         journal: Store | NoJournal = NoJournal()
         if settings.ssd_bytes != 0:
             journal = self._store = Store.open(settings, identity, geometry.payload_bytes, ranks, geometry.engines)
+            self._wear = DriveWear(settings.nvme_path)
             self._attach = tuple(self._store.slot_files(rank) for rank in range(ranks))
         if dram.slots < 2 * geometry.blocks_per_step:
             logger.warning(
@@ -139,9 +157,11 @@ class ManagerAdapter(OffloadingManager):
         slot = slot_bytes(geometry.payload_bytes)
         self._block_bytes = ranks * slot
         folders = [os.path.dirname(path) for path in self._attach[0].paths] if self._attach else ["none"]
+        self._admission = admission(settings, geometry, dram.slots + ssd_slots)
         self._core = BlockManager(
             dram.slots, ssd_slots, ranks, journal,
             dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=entries,
+            admission=self._admission,
         )  # fmt: skip
         self._decisions = Decisions(self._core.counters, slot)
         logger.info(
@@ -386,5 +406,16 @@ class ManagerAdapter(OffloadingManager):
                 yield ("kvoffload_used_bytes", tier.value), used * self._block_bytes
                 yield ("kvoffload_capacity_bytes", tier.value), capacity * self._block_bytes
         yield from self._decisions.gauges()
-        for labels, state in self._core.drive_states() if self._store is not None else ():
+        if self._store is None:
+            return
+        for labels, state in self._core.drive_states():
             yield ("kvoffload_drive_state", *labels), state.value
+        written = self._core.counters["kvoffload_demotions_total",]
+        yield ("kvoffload_ssd_written_today_bytes",), self._today.of(written * self._block_bytes, time.time())
+        if written:
+            yield ("kvoffload_useful_write_ratio",), self._core.counters["kvoffload_read_back_blocks_total",] / written
+        if self._admission.budget is not None:  # in whole blocks, or it would be exported anew at every step
+            left = self._admission.budget.left() // self._block_bytes * self._block_bytes
+            yield ("kvoffload_write_budget_left_bytes",), left
+        for drive, used in self._wear.percentages().items() if self._wear is not None else ():
+            yield ("kvoffload_drive_percentage_used_ratio", str(drive)), used / 100

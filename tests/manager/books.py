@@ -1,5 +1,6 @@
 """A block manager by itself, for tests that say what workers do."""
 
+from kvoffload.admission import Admission, AdmitAll, Budget
 from kvoffload.manager import BlockManager
 from kvoffload.types import Tier
 from tests.manager.world import MemoryJournal
@@ -10,16 +11,23 @@ def prefix(name: str, length: int) -> list[bytes]:
 
 
 class Books:
-    """A block manager whose workers do everything at once and well, unless a test says otherwise."""
+    """A block manager whose workers do everything at once and well, unless a test says otherwise.
 
-    def __init__(self, dram: int, ssd: int, ranks: int = 1, tier: bool = True, drives: int = 1):
+    `budget`: of the SSD, in blocks per day; 0: none."""
+
+    def __init__(self, dram: int, ssd: int, ranks: int = 1, tier: bool = True, drives: int = 1, policy=None, budget: int = 0):
         self.now = 0.0
         self.journal = MemoryJournal()
         names = [str(drive) for drive in range(drives)]
-        self.manager = BlockManager(dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, clock=lambda: self.now)
+        spent = Budget(budget, 1, lambda: self.now) if budget else None
+        self.admission = Admission(policy or AdmitAll(), spent, 4 * (dram + ssd))
+        self.manager = BlockManager(
+            dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, admission=self.admission, clock=lambda: self.now
+        )
 
-    def store(self, blocks: list[bytes]) -> list[bytes]:
-        stored = [place.key for place in self.manager.store([(key, 0) for key in blocks], "w").placements]
+    def store(self, blocks: list[bytes], owner: str = "w") -> list[bytes]:
+        placed = self.manager.store([(key, 0) for key in blocks], owner, places(blocks)).placements
+        stored = [place.key for place in placed]
         self.manager.store_done(stored)
         self.manager.check()
         return stored
