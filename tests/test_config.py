@@ -106,3 +106,34 @@ def test_more_than_64_paths_are_refused() -> None:
 
 def test_a_path_that_no_file_name_can_have_is_refused() -> None:
     assert "nvme_path '/a\\ud800' holds characters" in message({"nvme_path": "/a\ud800"})
+
+
+def test_by_default_all_is_written_without_a_limit() -> None:
+    config = Config.parse({"nvme_path": "/a", "ssd_kv_offload_gb": 1})
+    assert (config.ssd_admission, config.ssd_write_bytes_per_day) == ("all", None)
+    chosen = {"ssd_admission": "second-touch", "ssd_write_gb_per_day": 0.5}
+    config = Config.parse({"nvme_path": "/a", "ssd_kv_offload_gb": 1} | chosen)
+    assert (config.ssd_admission, config.ssd_write_bytes_per_day) == ("second-touch", 500_000_000)
+
+
+@pytest.mark.parametrize("value", ["10", True, [1], math.nan, math.inf, -1, 0, 0.0, 1e-10, 1e10])
+def test_a_write_budget_that_is_no_budget_is_refused(value: object) -> None:
+    assert "ssd_write_gb_per_day" in message({"nvme_path": "/a", "ssd_kv_offload_gb": 1, "ssd_write_gb_per_day": value})
+
+
+def test_a_write_budget_of_nothing_says_how_to_have_no_limit() -> None:
+    said = message({"nvme_path": "/a", "ssd_kv_offload_gb": 1, "ssd_write_gb_per_day": 0})
+    assert said == "ssd_write_gb_per_day must be more than 0, not 0: leave it out for no limit"
+
+
+@pytest.mark.parametrize("value", ["none", "second touch", True, None, 2, ["all"]])
+def test_an_admission_that_does_not_exist_is_refused(value: object) -> None:
+    said = message({"nvme_path": "/a", "ssd_kv_offload_gb": 1, "ssd_admission": value})
+    assert said == f"ssd_admission must be 'all' or 'second-touch', not {value!r}"
+
+
+@pytest.mark.parametrize(("name", "value"), [("ssd_admission", "second-touch"), ("ssd_write_gb_per_day", 3)])
+def test_what_concerns_the_ssd_needs_an_ssd_tier(name: str, value: object) -> None:
+    assert message({"dram_kv_offload_gb": 1, name: value}) == (
+        f"{name} is set but there is no SSD tier: set ssd_kv_offload_gb or leave it out"
+    )

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
+from kvoffload.admission import Admission, AdmissionPolicy, AdmitAll, Budget
 from kvoffload.blocks import READY, Placement
 from kvoffload.manager import BlockManager
 from kvoffload.types import LATE, NO_SLOT, BlockKey, Demotion, add_errors
@@ -163,14 +164,17 @@ class World:
     def __init__(
         self, seed: int, ranks: int, dram: int, ssd: int,
         *, tier: bool = True, fault_rate: float = 0.0, drives: int = 1, backlog: int | None = None,
+        policy: AdmissionPolicy | None = None, budget: float = 0.0,
     ):  # fmt: skip
         self.rng = random.Random(seed)
         self.now = 0.0
         self.ranks, self.fault_rate = ranks, fault_rate
         self.journal = MemoryJournal()
         names = [str(drive) for drive in range(drives)]
+        spent = Budget(budget, 1, lambda: self.now) if budget else None  # in blocks per day
+        self.admission = Admission(policy or AdmitAll(), spent, 4 * (dram + ssd))
         self.manager = BlockManager(
-            dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, clock=lambda: self.now
+            dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, admission=self.admission, clock=lambda: self.now
         )
         self.moods = [Mood.WELL] * drives
         self.moody = False
@@ -180,6 +184,7 @@ class World:
         self.jobs: dict[str, Job] = {}
         self.delivered = self.failed_loads = 0
         self.written, self.read, self.asked = Counter(), Counter(), Counter()  # by drive: what succeeded, and all attempts
+        self.writes = 0  # demotions begun
         self._names = 0
         self._prefixes = self._grow_prefixes()
 
@@ -212,6 +217,7 @@ class World:
         self.check()
 
     def _demote(self, demotions: list[Demotion]) -> None:
+        self.writes += len(demotions)
         for demotion in demotions:
             place = Placement(demotion.key, demotion.generation, demotion.dram_slot, demotion.ssd_slot)
             self._begin("demote", [place], demotion.id)
@@ -243,7 +249,8 @@ class World:
         return keys
 
     def _store(self, name: str, keys: list[BlockKey]) -> None:
-        places = self.manager.store([(key, 0) for key in keys], name).placements
+        own = {key: place for place, key in enumerate(keys)}
+        places = self.manager.store([(key, 0) for key in keys], name, own if self.admission.selective else {}).placements
         if not places:
             return
         name += " store"

@@ -35,7 +35,7 @@ from kvoffload.layout import slot_bytes
 from kvoffload.types import NO_SLOT, TransferReport
 from kvoffload.vllm.connector import KVOffloadConnector
 from kvoffload.vllm.geometry import Geometry
-from kvoffload.vllm.manager import ManagerAdapter
+from kvoffload.vllm.manager import ManagerAdapter, admission
 
 PAYLOAD = 100_000
 GROUPS = (4, 7)  # vLLM's group ids need not begin at 0
@@ -263,6 +263,46 @@ def test_a_drives_state_is_exported_by_its_number_when_it_changes(tmp_path):
     stats = manager.get_stats().data["data"]
     assert stats["kvoffload_drive_state"] == {("1", "write"): 2}
     assert stats["kvoffload_drive_openings_total"] == {("1", "write", "ENOSPC"): 1}
+    manager.shutdown()
+
+
+def test_writes_stay_within_the_budget_and_its_metrics_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvoffload.store.wear.find_nvme", lambda: None)
+    block = slot_bytes(PAYLOAD)
+    per_hour = 24 * 16 * block / 1e9  # sixteen blocks, of which half are there at start
+    manager = adapter(nvme_path=str(tmp_path), ssd_kv_offload_gb=0.01, ssd_write_gb_per_day=per_hour)
+
+    def write(demotions) -> dict:
+        manager.take_in(TransferReport(demoted=dict.fromkeys((demotion.id for demotion in demotions), 1)))
+        return manager.get_stats().data["data"]
+
+    first, keys = request(manager, "r", 12)
+    store(manager, first, keys)
+    stats = write(end_step(manager).demotions)
+    assert stats["kvoffload_refused_admissions_total"] == {("budget",): 1, ("behind",): 11}
+    assert stats["kvoffload_write_budget_left_bytes"] == {(): 8 * block}
+    manager.on_request_finished(first)
+    second, _ = request(manager, "r2", 12)
+    manager.on_request_finished(second)
+    demotions = end_step(manager).demotions
+    assert [demotion.key for demotion in demotions] == keys[:8]
+    stats = write(demotions)
+    assert stats["kvoffload_write_budget_left_bytes"] == {(): 0}
+    assert stats["kvoffload_ssd_written_today_bytes"] == {(): 8 * block}
+    assert stats["kvoffload_useful_write_ratio"] == {(): 0}
+    manager.shutdown()
+
+
+def test_engines_divide_the_write_budget():
+    settings = Config.parse({"nvme_path": "/a", "ssd_kv_offload_gb": 1, "ssd_write_gb_per_day": 86.4})
+    shares = [admission(settings, Geometry(PAYLOAD, (PAYLOAD,), 2, engines, 8), 10).budget.rate for engines in (1, 4)]
+    assert shares == [1e6, 0.25e6]
+
+
+def test_what_a_drive_says_of_its_wear_is_exported_by_its_number(tmp_path):
+    manager = adapter(nvme_path=str(tmp_path), ssd_kv_offload_gb=0.01)
+    manager._wear = SimpleNamespace(percentages=lambda: {0: 7})
+    assert manager.get_stats().data["data"]["kvoffload_drive_percentage_used_ratio"] == {("0",): 0.07}
     manager.shutdown()
 
 
