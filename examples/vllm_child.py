@@ -46,9 +46,16 @@ class Child:
         else:
             self.answer(id=id, result=task.result())
 
-    async def op_generate(self, prompt: list[int], max_tokens: int, request_id: str, cache_salt: str | None) -> dict:
+    async def op_generate(
+        self, prompt: list[int], max_tokens: int, request_id: str, cache_salt: str | None, kv_transfer_params: dict | None
+    ) -> dict:
         params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=None if kv_transfer_params is None else {"kv_transfer_params": kv_transfer_params},
         )
         inputs = {"prompt_token_ids": prompt}
         if cache_salt is not None:

@@ -210,13 +210,19 @@ class VllmProcess:
     # Questions
 
     def submit(
-        self, prompt: list[int], max_tokens: int = 16, request_id: str | None = None, cache_salt: str | None = None
+        self,
+        prompt: list[int],
+        max_tokens: int = 16,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
+        kv_transfer_params: dict | None = None,
     ) -> "Future[dict]":
         """Start one request and return at once; `answer(future)` waits for it."""
         with self._lock:
             self._requests += 1
             request_id = request_id or f"request-{self._requests}"
         arguments = {"prompt": list(prompt), "max_tokens": max_tokens, "cache_salt": cache_salt}
+        arguments["kv_transfer_params"] = kv_transfer_params
         return self._ask("generate", request_id=request_id, **arguments)
 
     @staticmethod
