@@ -13,12 +13,12 @@ from kvoffload.types import NO_SLOT, BlockKey
 def verify(
     index: Index,
     stores: Mapping[BlockKey, Block],
-    loads: Collection[tuple[Block, Drive | None, int]],
+    loads: Collection[tuple[Block, Drive | None]],
     demotions: Iterable[Block],
 ) -> None:
     """Every slot has one owner, counts add up, policies know what they should. Raises AssertionError."""
     blocks, drives = index.blocks, index.drives
-    loading = [block for block, *_ in loads]
+    loading = [block for block, _ in loads]
     late = [block for drive in drives for block in drive.late_blocks]
     everyone = {id(b): b for b in (*blocks.values(), *stores.values(), *loading, *demotions, *late)}
     late_slots = [slot for drive in drives for slot in drive.late_slots]
@@ -27,7 +27,7 @@ def verify(
     for drive in drives:
         here = [block for block in on_ssd if drives.of(block.ssd_slot) is drive]
         _verify_pool(f"drive {drive.number}", drive.pool, [block.ssd_slot for block in here])
-        assert drive.loads == sum(source is drive for _, source, _ in loads), f"drive {drive.number}: loads"
+        assert drive.loads == sum(source is drive for _, source in loads), f"drive {drive.number}: loads"
         assert drive.demotions == sum(block.ssd is MOVING_IN for block in here), f"drive {drive.number}: demotions"
         evictable = [block for block in blocks.values() if drive.policy.evictable(block.key)]
         assert len(evictable) == len(drive.policy), f"drive {drive.number}: evictable, but not there"

@@ -37,7 +37,6 @@ class Drive:
         self.loads = self.demotions = 0  # in flight, in blocks
         self.trial: set[BlockKey] = set()  # what lookups of this step promised while reads are half-open
         self.trial_max = 1  # blocks of a trial
-        self.answers = 0  # loads and demotions that it ended
         self.heard_at = 0.0  # when a demotion ended, or the first began
         self.errors = self.damaged = 0  # since the last good read
         self.full_until = 0.0
@@ -168,7 +167,6 @@ class Drives:
         hold the block.
         """
         drive.demotions -= 1
-        drive.answers += error not in (errno.ETIMEDOUT, errno.EBADMSG, *NOT_ASKED)
         drive.heard_at = self._clock()
         if error == errno.EBADMSG or error in NOT_ASKED or not drive.writes.counts:
             return False
@@ -196,7 +194,6 @@ class Drives:
         drive.loads -= 1
         if error in NOT_ASKED:
             return False, False
-        drive.answers += error not in LATE
         if error == errno.ETIME and drive.reads.closed:
             return False, False
         if not drive.reads.counts:

@@ -57,8 +57,7 @@ class BlockManager:
         dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
         self._index = Index(dram_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters)
         self._stores: dict[BlockKey, Block] = {}
-        # By owner and key, with the drive (None: from DRAM) and how often it had answered when the load began.
-        self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
+        self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None]] = {}  # by owner and key; None: from DRAM
         self._demotions = Demotions(ranks)
         self._index.recover(recovered)
 
@@ -127,7 +126,7 @@ class BlockManager:
             block = self._index.blocks[key]
             block.loads += 1
             drive = self._drives.of(block.ssd_slot) if tier is SSD else None
-            self._loads[owner, key] = block, drive, drive.answers if drive is not None else 0
+            self._loads[owner, key] = block, drive
             self._index.settle(block)
             if drive is None:
                 placements.append(Placement(key, block.generation, block.dram_slot, NO_SLOT))
@@ -149,16 +148,14 @@ class BlockManager:
         What a failure says about the drive, and whether the block is kept, is for `Drives.end_load`. In DRAM a block that
         was late, that was not tried (ECANCELED) or that the GPU did not take (EREMOTEIO) is kept.
         """
-        for key in sorted(keys, key=failed.__contains__):  # what arrived first: it shows that the drive answers
-            block, drive, answers = self._loads.pop((owner, key), (None, None, 0))
+        for key in keys:
+            block, drive = self._loads.pop((owner, key), (None, None))
             if block is None:
                 continue
             error = failed.get(key, 0)
             block.loads -= 1
             spoiled = error != 0 and error not in MILDEST_FIRST
             if drive is not None:
-                if error == errno.ETIME and drive.answers == answers:
-                    error = errno.ETIMEDOUT  # it had time, and answered nothing at all
                 answered, spoiled = self._drives.end_load(drive, error)
                 if answered and drive.late_slots:
                     self._take_back_slots(drive)
@@ -363,8 +360,8 @@ class BlockManager:
     def reset(self) -> None:
         """Forgets every block, in DRAM and on SSD. REQUIRES: workers finish all loads and stores in flight before they
         start another."""
-        blocks = [*self._index.blocks.values(), *(block for block, *_ in self._loads.values()), *self._stores.values()]
-        for _, drive, _ in self._loads.values():
+        blocks = [*self._index.blocks.values(), *(block for block, _ in self._loads.values()), *self._stores.values()]
+        for _, drive in self._loads.values():
             if drive is not None:
                 drive.loads -= 1
         self._loads.clear()
