@@ -36,7 +36,7 @@ class Stored(NamedTuple):
 class Block:
     __slots__ = (
         "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
-        "dirty", "used", "user", "uses", "unread", "depth", "loads", "demotion", "promoter", "late", "gone",
+        "dirty", "used", "user", "uses", "unread", "depth", "loads", "demotion", "late_before", "promoter", "late", "gone",
     )  # fmt: skip
 
     def __init__(self, key: BlockKey, group: int, generation: int, used: int, depth: int = 0):
@@ -53,6 +53,7 @@ class Block:
         self.dirty = False  # ready in DRAM and still wanted on SSD
         self.loads = 0  # loads in flight that read it
         self.demotion: int | None = None  # id of the demotion in flight
+        self.late_before = 0  # late loads of its drive when that began
         self.promoter: str | None = None  # owner of the load that fills its DRAM slot
         self.late = False  # a late demotion may still read its DRAM slot, which stays its own until the drive answers
         self.gone = False  # forgotten: not in the index, slots go free when the last operation ends

@@ -21,7 +21,7 @@ def verify(
     loading = [block for block, *_ in loads]
     late = [block for drive in drives for block in drive.late_blocks]
     everyone = {id(b): b for b in (*blocks.values(), *stores.values(), *loading, *demotions, *late)}
-    late_slots = [slot for drive in drives for slot in drive.late_slots]
+    late_slots = [slot for drive in drives for _, slot in drive.late_slots]
     _verify_pool("dram", index.dram, [*(b.dram_slot for b in everyone.values() if b.dram is not ABSENT), *late_slots])
     on_ssd = [block for block in everyone.values() if block.ssd is not ABSENT]
     for drive in drives:

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 ERRORS_MAX = 3  # failed reads in a row that are the drive's fault; of fewer each is its sector's
 DAMAGED_MAX = 64  # the same of reads that brought wrong bytes: each says little about anything but its block
-SILENCES_MAX = 3  # loads in a row, given up early, in whose time the drive ended nothing: it hangs
 QUIET_S = 30.0  # without an answer to its demotions, after which an idle engine no longer waits for a drive
 FULL_S = 60.0  # before a full drive is asked for room once more
 NOT_ASKED = (errno.ECANCELED, errno.EREMOTEIO)  # the drive was not asked, or the GPU failed
@@ -38,24 +37,19 @@ class Drive:
         self.loads = self.demotions = 0  # in flight, in blocks
         self.trial: set[BlockKey] = set()  # what lookups of this step promised while reads are half-open
         self.trial_max = 1  # blocks of a trial
-        self.answers = 0  # loads and demotions that it ended
-        self.silences = 0  # loads in a row in whose time it ended nothing
         self.heard_at = 0.0  # when a demotion ended, or the first began
         self.errors = self.damaged = 0  # since the last good read
         self.full_until = 0.0
         # DRAM slots that late operations may still use, so that they must not be filled again until the drive answers another:
         # the engine would need spare memory for each, and has little.
         self.late_blocks: list[Block] = []  # of blocks whose demotion was late
-        self.late_slots: list[int] = []  # that a late load was to fill
+        self.late_slots: list[tuple[int, int]] = []  # that a late load was to fill, with the number of the late load
+        self.late_loads = 0  # blocks, ever
 
     @property
     def owes(self) -> bool:
         """Whether late operations on it may still use memory of ours."""
         return bool(self.late_blocks or self.late_slots)
-
-    def answer(self) -> None:
-        self.answers += 1
-        self.silences = 0
 
     def take_slot(self) -> int | None:
         """A free slot. On a full drive one that held a block before: it has room for these, and younger blocks are worth it."""
@@ -67,6 +61,18 @@ class Drive:
         if state is BreakerState.HALF_OPEN:
             return key in self.trial or self.loads == 0 and len(self.trial) < self.trial_max
         return state is BreakerState.CLOSED
+
+    def set_aside(self, slot: int) -> None:
+        """A late load may still fill the DRAM slot."""
+        self.late_loads += 1
+        self.late_slots.append((self.late_loads, slot))
+
+    def take_back(self, late_loads: int) -> list[int]:
+        """Of the slots set aside, those of the first so many late loads: the drive answered what began when there had been
+        that many. What began before tells nothing of them, though its end may be told after."""
+        back = [slot for number, slot in self.late_slots if number <= late_loads]
+        self.late_slots = [(number, slot) for number, slot in self.late_slots if number > late_loads]
+        return back
 
     def promise(self, key: BlockKey) -> None:
         if not self.reads.closed:
@@ -174,8 +180,6 @@ class Drives:
         hold the block.
         """
         drive.demotions -= 1
-        if error not in (errno.ETIMEDOUT, errno.EBADMSG, *NOT_ASKED):
-            drive.answer()
         drive.heard_at = self._clock()
         if error == errno.EBADMSG or error in NOT_ASKED or not drive.writes.counts:
             return False
@@ -196,15 +200,13 @@ class Drives:
         """Returns whether the drive answered now, as `end_demotion`, and whether the block is to be forgotten.
 
         A late load stops reads at once: it cost its request seconds. One whose request would not wait longer (ETIME) says only
-        that the drive is slow, unless it was a trial; see `end_silent_load`. An error stops them when it repeats. A block that the
+        that the drive is slow, unless it was a trial. An error stops them when it repeats. A block that the
         drive failed is kept, for it may be sound; but not one that failed as a trial or soon after one: if it were the cause,
         and much wanted, the drive would never be taken back.
         """
         drive.loads -= 1
         if error in NOT_ASKED:
             return False, False
-        if error not in LATE:
-            drive.answer()
         if error == errno.ETIME and drive.reads.closed:
             return False, False
         if not drive.reads.counts:
@@ -222,13 +224,6 @@ class Drives:
                 return True, True
         self._open(drive, "read", error)
         return answers, drive.reads.again or error == errno.EBADMSG
-
-    def end_silent_load(self, drive: Drive) -> None:
-        """The drive ended nothing while a load waited for it that was given up early. It may be busy with others that were."""
-        drive.silences += 1
-        if drive.silences >= SILENCES_MAX and drive.reads.closed:
-            drive.silences = 0
-            self._open(drive, "read", errno.ETIMEDOUT)
 
     def forget_trials(self) -> None:
         if not self.all_well:

@@ -57,6 +57,10 @@ class Cost:
         self._total = keep * self._total + seconds * seconds / row[0]
         self._factors = None
 
+    @property
+    def is_new(self) -> bool:
+        return self.seen < CONVINCED
+
     def predict(self, *features: float) -> float | None:
         """None if nothing was seen."""
         if self._total == 0:
@@ -166,8 +170,8 @@ class Estimates:
         whole = self._recompute_s(total, computed)
         ends = [computed, *(part.end for part in parts)]
         loads = [0.0, *(self._load_s(parts[: count + 1]) for count in range(len(parts)))]
-        if whole is None or any(seconds is None for seconds in loads):
-            return self._learn(now, whole, computed, parts, loads)
+        if whole is None:
+            return self._learn(now, computed, parts, loads[-1])
         times = [load + (self._recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
         for part in parts[:best]:
@@ -176,31 +180,26 @@ class Estimates:
             end = ends[best] + max(1, (parts[best].end - ends[best]) // PROBE_SHARE)
             return Decision(end, Kind.PART, Why.PROBE, None, PATIENCE_MIN_S + 2 * loads[best])
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
-        saved = whole - (self._recompute_s(total, ends[best]) or 0.0)
-        return Decision(ends[best], kind, Why.FASTER, loads[best], max(PATIENCE_MIN_S, saved))
+        patience_s = max(PATIENCE_MIN_S, whole - (self._recompute_s(total, ends[best]) or 0.0))
+        if any(self._load[part.tier].is_new for part in parts[:best]):
+            return Decision(ends[best], kind, Why.LEARNING, None, patience_s)
+        return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
 
-    def _learn(
-        self, now: float, whole: float | None, computed: int, parts: Sequence[Part], loads: Sequence[float | None]
-    ) -> Decision:
-        """Loads, as far as nothing is known against it. But if it is known only that loading takes long, recomputing once
-        tells whether that takes longer."""
-        known = [seconds for seconds in loads if seconds is not None]
-        if whole is None and max(known) > SLOW_S and self._may_probe(now, parts[-1].tier):
+    def _learn(self, now: float, computed: int, parts: Sequence[Part], load_s: float) -> Decision:
+        """Loads, while nothing is known of computing. But if it is known that loading takes long, recomputing once tells
+        whether that takes longer."""
+        if load_s > SLOW_S and self._may_probe(now, parts[-1].tier):
             return Decision(computed, Kind.RECOMPUTE, Why.LEARNING, None, None)
-        return Decision(parts[-1].end, Kind.LOAD, Why.LEARNING, None, None if whole is None else max(PATIENCE_MIN_S, whole))
+        return Decision(parts[-1].end, Kind.LOAD, Why.LEARNING, None, None)
 
     def _recompute_s(self, total: int, context: int) -> float | None:
         return self.prefill.seconds(max(1, total - context), context)
 
-    def _load_s(self, parts: Sequence[Part]) -> float | None:
-        """Tiers are read one beside the other, so what counts is the slowest; what is queued there comes first."""
-        slowest = 0.0
-        for tier, nbytes in _bytes_by_tier(parts).items():
-            seconds = self._load[tier].predict(self._queued[tier] + nbytes, 1.0)
-            if seconds is None or self._load[tier].seen < CONVINCED:
-                return None
-            slowest = max(slowest, seconds)
-        return slowest
+    def _load_s(self, parts: Sequence[Part]) -> float:
+        """Tiers are read one beside the other, so what counts is the slowest; what is queued there comes first. A tier of
+        which nothing is known takes no time, so it is tried, without what is known to be slow behind it."""
+        known = [(tier, nbytes) for tier, nbytes in _bytes_by_tier(parts).items() if not self._load[tier].is_new]
+        return max((self._load[tier].predict(self._queued[tier] + nbytes, 1.0) or 0.0 for tier, nbytes in known), default=0.0)
 
     def _may_probe(self, now: float, tier: Tier) -> bool:
         probing = self._probing.setdefault(tier, Probing(PROBE_S, now + PROBE_S))
@@ -225,10 +224,14 @@ class Estimates:
         if not (arrived or late):
             return
         self._compare("load", loading.predicted_s, seconds)
-        # Of several tiers it is the one that was expected to take longest.
-        expected = {tier: self._load[tier].predict(queued, 1.0) for tier, queued in loading.queued.items()}
-        slowest = max(expected, key=lambda tier: np.inf if expected[tier] is None else expected[tier])
+        # Of several tiers it is the one that was expected to take longest; while nothing is known of it, the drive.
+        slowest = max(loading.queued, key=lambda tier: self._expected_s(tier, loading.queued[tier]))
         self._load[slowest].observe(seconds if arrived else LATE * seconds, loading.queued[slowest], 1.0)
+
+    def _expected_s(self, tier: Tier, nbytes: int) -> float:
+        if self._load[tier].is_new:
+            return np.inf if tier is Tier.SSD else 0.0
+        return self._load[tier].predict(nbytes, 1.0) or 0.0
 
     def forget_loads(self) -> None:
         """Those in flight will not be told of."""

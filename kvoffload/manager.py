@@ -62,7 +62,7 @@ class BlockManager:
         dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
         self._index = Index(dram_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
         self._stores: dict[BlockKey, Block] = {}
-        # By owner and key, with the drive (None: from DRAM) and how often it had answered when the load began.
+        # By owner and key, with the drive (None: from DRAM) and how many loads from it had been late when this one began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
         self._demotions = Demotions(ranks)
         self._index.recover(recovered)
@@ -132,7 +132,7 @@ class BlockManager:
             block = self._index.blocks[key]
             block.loads += 1
             drive = self._drives.of(block.ssd_slot) if tier is SSD else None
-            self._loads[owner, key] = block, drive, drive.answers if drive is not None else 0
+            self._loads[owner, key] = block, drive, drive.late_loads if drive is not None else 0
             self._index.settle(block)
             if drive is None:
                 placements.append(Placement(key, block.generation, block.dram_slot, NO_SLOT))
@@ -154,20 +154,17 @@ class BlockManager:
         What a failure says about the drive, and whether the block is kept, is for `Drives.end_load`. In DRAM a block that
         was late, that was not tried (ECANCELED) or that the GPU did not take (EREMOTEIO) is kept.
         """
-        silent = set()
-        for key in sorted(keys, key=failed.__contains__):  # what arrived first: it shows that the drive answers
-            block, drive, answers = self._loads.pop((owner, key), (None, None, 0))
+        for key in keys:
+            block, drive, late_before = self._loads.pop((owner, key), (None, None, 0))
             if block is None:
                 continue
             error = failed.get(key, 0)
             block.loads -= 1
             spoiled = error != 0 and error not in MILDEST_FIRST
             if drive is not None:
-                if error == errno.ETIME and drive.answers == answers:
-                    silent.add(drive)
                 answered, spoiled = self._drives.end_load(drive, error)
                 if answered and drive.late_slots:
-                    self._take_back_slots(drive)
+                    self._take_back_slots(drive, late_before)
             if block.promoter == owner:
                 self._end_promotion(block, drive, error)
             if error:
@@ -178,15 +175,13 @@ class BlockManager:
             if spoiled:
                 self._index.forget(block)
             self._index.settle(block)
-        for drive in silent:
-            self._drives.end_silent_load(drive)
         self._index.settle_dirty()
 
     def _end_promotion(self, block: Block, drive: Drive | None, error: int) -> None:
         block.promoter = None
         block.dram = READY
         if error in LATE and drive is not None:
-            drive.late_slots.append(block.dram_slot)
+            drive.set_aside(block.dram_slot)
             block.dram, block.dram_slot = ABSENT, NO_SLOT
             if not block.gone:
                 self._index.dram_policy.leave(block.key)
@@ -313,6 +308,7 @@ class BlockManager:
         number = self._demotions.begin(block)
         drive = self._drives.of(slot)
         self._drives.begin_demotion(drive)
+        block.late_before = drive.late_loads
         if not block.gone:
             drive.policy.enter(block.key, block.used, block.depth)
         self._index.settle(block)
@@ -326,7 +322,7 @@ class BlockManager:
         block, error = ended
         drive = self._drives.of(block.ssd_slot)
         if self._drives.end_demotion(drive, error) and drive.owes:
-            self._take_back_blocks(drive)
+            self._take_back_blocks(drive, block.late_before)
         if error:
             self._demotion_failed(block, drive, error)
         else:
@@ -368,9 +364,9 @@ class BlockManager:
             block.dirty = True
             self._index.dirty[block.key] = block
 
-    def _take_back_blocks(self, drive: Drive) -> None:
+    def _take_back_blocks(self, drive: Drive, late_before: int) -> None:
         """The drive answered a write: it has let go of the DRAM slots of late ones, and of late loads."""
-        self._take_back_slots(drive)
+        self._take_back_slots(drive, late_before)
         blocks, drive.late_blocks = drive.late_blocks, []
         for block in blocks:
             block.late = False
@@ -378,10 +374,9 @@ class BlockManager:
                 self._want_on_ssd(block)
             self._index.settle(block)
 
-    def _take_back_slots(self, drive: Drive) -> None:
+    def _take_back_slots(self, drive: Drive, late_before: int) -> None:
         """The same of a read, which says nothing of late writes: a frozen file system is still read."""
-        slots, drive.late_slots = drive.late_slots, []
-        for slot in slots:
+        for slot in drive.take_back(late_before):
             self._index.dram.give_back(slot)
 
     def disable_ssd(self) -> None:

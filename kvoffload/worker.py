@@ -36,6 +36,7 @@ STORE_TIMEOUT_S = 10.0  # vLLM may wait for it before it reuses a block
 DEMOTION_TIMEOUT_S = 60.0
 BATCH_MAX = 1024  # completions taken in one call
 LOAD_KINDS = (OpKind.READ, OpKind.COPY_IN)
+DRIVE_KINDS = (OpKind.READ, OpKind.WRITE)
 
 
 class Engine(Protocol):
@@ -60,6 +61,7 @@ class Job:
     transfer: int  # the scheduler side's
     left: int
     is_urgent: bool = False  # its deadline is the request's, who would recompute from then on; not what a drive is given
+    begun: float = field(default_factory=time.monotonic)
     failed: dict[BlockKey, int] = field(default_factory=dict)  # errno
 
 
@@ -70,6 +72,7 @@ class Pending:
     kind: OpKind
     key: BlockKey
     nbytes: int
+    drive: int  # of a READ or WRITE: the number of its slot's path
     job: Job | None = None
     demotion: int = 0
 
@@ -136,6 +139,8 @@ class Worker:
         self._current_stream = current_stream
         self._next_op = 0
         self._load_ops = 0  # in the engine
+        self._drives = 1
+        self._heard: dict[int, float] = {}  # by drive: when it last ended a read or write, well or not
         self._pending: dict[int, Pending] = {}
         self._jobs: dict[int, Job] = {}
         self._waiting_loads: deque[Batch] = deque()
@@ -179,6 +184,7 @@ class Worker:
     def apply(self, plan: TransferPlan) -> None:
         """Carries out the scheduler side's own part of a step."""
         if plan.attach:
+            self._drives = len(plan.attach[self._rank].paths)
             try:
                 self._engine.attach(plan.attach[self._rank])
             except StoreError as error:
@@ -211,7 +217,8 @@ class Worker:
 
     def _note(self, op: np.ndarray, key: BlockKey, job: Job | None = None, demotion: int = 0) -> None:
         op["id"] = self._next_op
-        self._pending[self._next_op] = Pending(OpKind(op["kind"]), key, self._group_bytes[op["group"]], job, demotion)
+        drive = int(op["ssd_slot"]) % self._drives
+        self._pending[self._next_op] = Pending(OpKind(op["kind"]), key, self._group_bytes[op["group"]], drive, job, demotion)
         self._next_op += 1
 
     # -- what became of it -------------------------------------------------------------------------------------
@@ -288,6 +295,8 @@ class Worker:
     def _complete(self, number: int, error: int, seconds: float) -> None:
         pending = self._pending.pop(number)
         direction = pending.kind.name.lower()
+        if pending.kind in DRIVE_KINDS and error not in (errno.ETIMEDOUT, errno.ECANCELED):
+            self._heard[pending.drive] = time.monotonic()
         if error:
             if error != errno.ECANCELED:
                 reason = errno.errorcode.get(error, str(error))
@@ -304,8 +313,8 @@ class Worker:
         job.left -= 1
         if error == errno.ETIMEDOUT and pending.kind is OpKind.COPY_IN:
             error = errno.EREMOTEIO  # its turn did not come in time: that is the GPU's doing, for the drive had answered
-        elif error == errno.ETIMEDOUT and job.is_urgent:
-            error = errno.ETIME
+        elif error == errno.ETIMEDOUT and job.is_urgent and self._heard.get(pending.drive, 0.0) > job.begun:
+            error = errno.ETIME  # the drive is slow; one that ended nothing meanwhile may be stalled, and that is told apart here
         if error:
             job.failed.setdefault(pending.key, error)  # of a linked pair the first tells why
         if not job.left:

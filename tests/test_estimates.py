@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvoffload.estimates import PATIENCE_MIN_S, PROBE_S, Decision, Estimates, Kind, Part, Why
+from kvoffload.estimates import CONVINCED, PATIENCE_MIN_S, PROBE_S, Decision, Estimates, Kind, Part, Why
 from kvoffload.types import Tier
 
 MB = 10**6
@@ -108,6 +108,28 @@ def test_what_is_in_dram_is_loaded_and_what_is_on_a_slow_drive_behind_it_is_not(
         world.request(ssd(4000), 4000)
     decision = world.decide([Part(2000, Tier.DRAM, 32 * MB), Part(4000, Tier.SSD, 32 * MB)], 4000)
     assert (decision.end, decision.kind) == (2000, Kind.PART)
+
+
+def test_a_tier_of_which_nothing_is_known_is_tried_without_the_slow_one_behind_it():
+    world = taught()
+    world.rate[Tier.SSD] /= 200
+    for _ in range(3):
+        world.request(ssd(4000), 4000)
+    both = [Part(2000, Tier.DRAM, 32 * MB), Part(4000, Tier.SSD, 32 * MB)]
+    for _ in range(CONVINCED):
+        assert world.decide(both, 4000)[:3] == (2000, Kind.PART, Why.LEARNING)
+        assert world.request(both, 4000)[1] < world.prefill_s(4000, 0)
+    assert world.decide(both, 4000)[:3] == (2000, Kind.PART, Why.FASTER)
+
+
+def test_what_a_slow_drive_takes_is_not_charged_to_dram_that_was_loaded_beside_it():
+    world = World()
+    world.rate[Tier.SSD] /= 200
+    for tokens in (500, 2000, 1000, 4000):
+        world.compute(tokens)
+    both = [Part(2000, Tier.DRAM, 32 * MB), Part(4000, Tier.SSD, 32 * MB)]
+    world.request(both, 4000)
+    assert world.decide(both[:1], 2000).kind is Kind.LOAD
 
 
 def test_a_long_prompt_is_loaded_where_a_short_one_is_recomputed():

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvoffload.estimates import Decision, Estimates, Kind, Loading, Part, Why
 from kvoffload.types import LATE, Tier
@@ -24,6 +24,7 @@ SHOWN_TOKENS, SHOWN_BYTES = 1000, 100_000_000  # the rates of so much are shown
 
 
 class Prefilling(NamedTuple):
+    request: "Request"
     begun: float
     context: int  # tokens that were there
     tokens: int  # to be computed
@@ -35,6 +36,7 @@ class Loads:
 
     decision: Decision | None = None
     counted: bool = False
+    is_warned: bool = False  # of a wish that is none
     loading: Loading | None = None
 
     @property
@@ -47,23 +49,43 @@ class Decisions:
         """block_bytes: of a block on one rank."""
         self._counters, self._block_bytes = counters, block_bytes
         self._estimates = Estimates(counters)
+        self._requests: dict[str, Request] = {}  # those that have not ended
         self._prefilling: dict[str, Prefilling] = {}
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
-    def decide(self, request: "Request", computed: int, blocks: Iterable[tuple[int, Tier]]) -> Decision:
+    def decide(self, request: "Request", loads: Loads, computed: int, blocks: Iterable[tuple[int, Tier]]) -> Decision:
         """How far to load the request. `blocks`: those that could be, by the tokens of the prompt up to their end, and by
-        where they are, in order."""
+        where they are, in order.
+
+        A request that waits is decided about again at each step, as what it would queue behind changes. Except that one that
+        is to probe stays at it: probes are few, and it would not be chosen twice.
+        """
         parts = []
         for tier, stretch in groupby(blocks, key=lambda block: block[1]):
             ends = [end for end, _ in stretch]
             parts.append(Part(ends[-1], tier, len(ends) * self._block_bytes))
-        wish = _wish(request.kv_transfer_params)
-        if wish is Kind.RECOMPUTE:
-            return Decision(computed, wish, Why.ASKED, None, None)
-        if wish is Kind.LOAD:
-            return Decision(parts[-1].end, wish, Why.ASKED, None, None)
-        return self._estimates.decide(time.monotonic(), computed, request.num_tokens, parts)
+        decision = self._wished(request, loads, computed, parts)
+        if decision is None:
+            before = loads.decision
+            if before is not None and before.why is Why.PROBE and not loads.counted and computed < before.end <= parts[-1].end:
+                return before
+            decision = self._estimates.decide(time.monotonic(), computed, request.num_tokens, parts)
+        loads.decision = decision
+        return decision
+
+    def _wished(self, request: "Request", loads: Loads, computed: int, parts: list[Part]) -> Decision | None:
+        wish = (request.kv_transfer_params or {}).get(WISH)
+        if wish in WISHES:
+            end = parts[-1].end if wish == Kind.LOAD else computed
+            return Decision(end, Kind(wish), Why.ASKED, None, None)
+        if wish is not None and not loads.is_warned:
+            loads.is_warned = True
+            logger.warning(
+                "kvoffload: request %s: kv_transfer_params has %r: %r, which is neither 'load' nor 'recompute': passed over",
+                request.request_id, WISH, wish,
+            )  # fmt: skip
+        return None
 
     def count(self, loads: Loads) -> None:
         """Once for a request, when it is given its KV blocks: until then vLLM may ask, and we decide, again and again."""
@@ -84,36 +106,40 @@ class Decisions:
     def end_load(self, loads: Loads, errors: Collection[int]) -> None:
         if loads.loading is None:
             return
-        late = any(error in LATE or error == errno.ECANCELED for error in errors)
-        self._estimates.end_load(time.monotonic(), loads.loading, not errors, late)
+        now = time.monotonic()
+        out_of_patience = loads.patience_s is not None and now - loads.loading.begun >= loads.patience_s  # be it for the GPU
+        late = out_of_patience or any(error in LATE for error in errors) or set(errors) == {errno.ECANCELED}
+        self._estimates.end_load(now, loads.loading, not errors, late)
         loads.loading = None
 
     def forget_loads(self) -> None:
         """Loads in flight will not be reported."""
         self._estimates.forget_loads()
 
+    def begin_request(self, request: "Request") -> None:
+        self._requests[request.request_id] = request
+
     def begin_step(self, step: "SchedulerOutput") -> None:
+        """A request's first token is there when the request says so. What the step says counts tokens that asynchronous
+        scheduling only expects, so a prompt would count as computed as soon as that was begun."""
         now = time.monotonic()
-        cached = step.scheduled_cached_reqs
-        for request in (*cached.resumed_req_ids, *(step.preempted_req_ids or ())):
-            self._prefilling.pop(request, None)  # computes again what it had computed
-        if self._prefilling:
-            for request, outputs in zip(cached.req_ids, cached.num_output_tokens, strict=True):
-                if outputs:
-                    self._end_prefill(request, now)
+        for name in (*step.scheduled_cached_reqs.resumed_req_ids, *(step.preempted_req_ids or ())):
+            self._prefilling.pop(name, None)  # computes again what it had computed
+        for name in [name for name, prefilling in self._prefilling.items() if prefilling.request.num_output_tokens]:
+            self._end_prefill(name, now)
         for new in step.scheduled_new_reqs:
             tokens = len(new.prompt_token_ids or ()) - new.num_computed_tokens
-            if tokens > 0:
-                self._prefilling[new.req_id] = Prefilling(now, new.num_computed_tokens, tokens)
+            if tokens > 0 and new.req_id in self._requests:
+                self._prefilling[new.req_id] = Prefilling(self._requests[new.req_id], now, new.num_computed_tokens, tokens)
 
     def end_request(self, request: "Request") -> None:
         if request.num_output_tokens:
             self._end_prefill(request.request_id, time.monotonic())
         self._prefilling.pop(request.request_id, None)
+        self._requests.pop(request.request_id, None)
 
-    def _end_prefill(self, request: str, now: float) -> None:
-        """Its first token is there."""
-        prefilling = self._prefilling.pop(request, None)
+    def _end_prefill(self, name: str, now: float) -> None:
+        prefilling = self._prefilling.pop(name, None)
         if prefilling is not None:
             self._estimates.end_prefill(now - prefilling.begun, prefilling.tokens, prefilling.context)
 
@@ -125,11 +151,3 @@ class Decisions:
             rate = self._estimates.load_bytes_per_second(tier, SHOWN_BYTES)
             if rate is not None:
                 yield ("kvoffload_load_bytes_per_second", tier.value), rate
-
-
-def _wish(params: dict[str, Any] | None) -> Kind | None:
-    wish = (params or {}).get(WISH)
-    if wish is None or wish in WISHES:
-        return None if wish is None else Kind(wish)
-    logger.warning("kvoffload: kv_transfer_params has %r: %r, which is neither 'load' nor 'recompute': passed over", WISH, wish)
-    return None

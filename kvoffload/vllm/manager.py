@@ -29,6 +29,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from kvoffload.admission import Admission, AdmitAll, Budget, SecondTouch, WrittenToday
 from kvoffload.config import Config
 from kvoffload.errors import ConfigError
+from kvoffload.estimates import Kind
 from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager
 from kvoffload.store import DriveWear, Store
@@ -177,6 +178,7 @@ class ManagerAdapter(OffloadingManager):
 
     def announce(self, request: "Request") -> None:
         """Called by the connector before `on_new_request`, which is not told about LoRA."""
+        self._decisions.begin_request(request)
         if request.lora_request is not None:
             self._salts[request.request_id] = self._lora_salts.of(request.lora_request)
 
@@ -244,7 +246,9 @@ class ManagerAdapter(OffloadingManager):
         if not found:
             return False
         found.sort(key=lambda block: block[0])
-        notes.loads.decision = decision = self._decisions.decide(request, computed, found)
+        decision = self._decisions.decide(request, notes.loads, computed, found)
+        if decision.kind is Kind.LOAD:  # also what follows the last whole block: of a model with windows, all but one token
+            return False
         end = next(position for position, _ in [(computed, None), *found] if position >= decision.end)  # of a whole block
         notes.limit = end if end < computed + matched else None
         return notes.limit is not None

@@ -49,6 +49,7 @@ class Mood(Enum):
     WELL = "well"
     DEAD = "fails everything at once"
     HUNG = "answers nothing in time; late writes land when the mood passes"
+    SLOW = "answers every other load when its request has given it up"
     FULL = "takes no writes"
     LOSSY = "acknowledges writes and keeps the old bytes"
 
@@ -138,7 +139,9 @@ class SimWorker:
         if mood is Mood.HUNG and place.dram_slot != NO_SLOT:
             self.in_use[place.dram_slot] = place.ssd_slot % len(self.moods)
         if mood in (Mood.HUNG, Mood.DEAD):
-            return self.rng.choice(LATE) if mood is Mood.HUNG else errno.EIO, b""
+            return errno.ETIMEDOUT if mood is Mood.HUNG else errno.EIO, b""
+        if mood is Mood.SLOW and self.rng.random() < 0.5:
+            return errno.ETIME, b""
         if fault:
             return self.rng.choice([errno.EIO, *LATE]), b""
         source = self.dram.get(place.dram_slot) if place.ssd_slot == NO_SLOT else self.ssd.get(place.ssd_slot)

@@ -45,9 +45,18 @@ def step(new=(), cached=None, preempted=None) -> SimpleNamespace:
 
 def computed(manager, clock: Clock, seconds: float, tokens: int = TOKENS) -> None:
     """A prompt without a hit: begun in a step, and its first token is there before the next."""
-    manager.note_step(step([("cold", tokens, 0)]))
+    cold = begun(manager, tokens)
     clock.now += seconds
-    manager.note_end(SimpleNamespace(request_id="cold", num_output_tokens=1))
+    cold.num_output_tokens = 1
+    manager.note_end(cold)
+
+
+def begun(manager, tokens: int = TOKENS, context: int = 0) -> SimpleNamespace:
+    """A prompt that is being computed from this step on."""
+    cold = SimpleNamespace(request_id="cold", num_output_tokens=0, lora_request=None)
+    manager.announce(cold)
+    manager.note_step(step([("cold", tokens, context)]))
+    return cold
 
 
 def loaded(manager, clock: Clock, seconds: float, error: int = 0) -> None:
@@ -110,12 +119,13 @@ def test_a_request_may_say_what_it_wants(clock, wish, hit):
     assert decided(manager) == {(wish, "asked"): 1}
 
 
-def test_a_wish_that_is_none_is_said_and_passed_over(clock, caplog):
+def test_a_wish_that_is_none_is_said_once_and_passed_over(clock, monkeypatch):
     manager, context, keys = held(clock)
-    with caplog.at_level("WARNING", logger="kvoffload"):
-        decisions.logger.propagate, decisions.logger.parent.propagate = True, True
+    said = []
+    monkeypatch.setattr(decisions.logger, "warning", lambda text, *values: said.append(text % values))
+    for _ in range(3):
         assert not manager.limit_load(ask(kvoffload="never"), 0, TOKENS)
-    assert "'never', which is neither 'load' nor 'recompute'" in caplog.text
+    assert len(said) == 1 and "'never', which is neither 'load' nor 'recompute'" in said[0]
     assert all(hits(manager, context, keys))
 
 
@@ -141,22 +151,23 @@ def test_a_load_that_was_given_up_counts_as_slow_and_one_that_failed_does_not(cl
 
 def test_what_a_preempted_request_computes_again_is_not_timed(clock):
     manager, *_ = held(clock)
-    manager.note_step(step([("cold", TOKENS, 0)]))
+    cold = begun(manager)
     manager.note_step(step(preempted={"cold"}))
     clock.now += 100.0
-    manager.note_end(SimpleNamespace(request_id="cold", num_output_tokens=1))
+    cold.num_output_tokens = 1
+    manager.note_end(cold)
     assert manager._decisions._estimates.prefill.seconds(TOKENS, 0) is None
 
 
-def test_a_prompt_is_computed_when_its_first_token_is_seen_and_what_was_loaded_does_not_count(clock):
+def test_a_prompt_is_computed_when_its_first_token_is_there_and_not_when_it_is_expected(clock):
     manager, *_ = held(clock)
-    manager.note_step(step([("cold", 1000, 200)]))
+    cold = begun(manager, 1000, 200)
     clock.now += 2.0
-    cached = CachedRequestData(["cold"], set(), [], {}, [None], [1000], [0])
-    manager.note_step(step(cached=cached))
+    # Asynchronous scheduling: the next step is made up while the first runs, and counts the token that this one will bring.
+    manager.note_step(step(cached=CachedRequestData(["cold"], set(), [], {}, [None], [1000], [1])))
     clock.now += 2.0
-    cached.num_output_tokens = [1]
-    manager.note_step(step(cached=cached))
+    cold.num_output_tokens = 1
+    manager.note_step(step())
     assert manager._decisions._estimates.prefill.seconds(800, 200) == pytest.approx(4.0)
     assert manager._decisions._prefilling == {}
 
@@ -175,3 +186,41 @@ def test_learned_rates_are_gauges(clock):
     gauges = dict(manager._gauges())
     assert gauges["kvoffload_prefill_tokens_per_second",] == pytest.approx(TOKENS)
     assert gauges["kvoffload_load_bytes_per_second", "dram"] > 0
+
+
+def test_a_request_that_is_to_probe_and_has_to_wait_stays_at_it(clock):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 5.0)
+    assert manager.limit_load(ask(), 0, TOKENS)
+    clock.now += 1e4
+    for _ in range(3):  # there are no KV blocks for it yet
+        manager.lift_limit(ask())
+        assert manager.limit_load(ask(), 0, TOKENS)
+        assert hits(manager, context, keys) == [True] + [False] * (BLOCKS - 1)
+    manager.note_scheduled(ask())
+    assert decided(manager) == {("part", "probe"): 1}
+
+
+def test_what_a_model_with_windows_matches_of_its_last_block_is_not_cut_off(clock):
+    """vLLM leaves the last token of such a prompt to be computed, so what it matched need not end with a block."""
+    manager, context, keys = held(clock)
+    computed(manager, clock, 3.0)
+    loaded(manager, clock, 0.01)
+    assert not manager.limit_load(ask(), 0, TOKENS - 1)
+    assert all(hits(manager, context, keys))
+
+
+@pytest.mark.parametrize("error", [errno.EREMOTEIO, errno.ENOENT])
+def test_a_load_that_failed_at_once_teaches_nothing_and_one_whose_copies_were_late_does(clock, error):
+    for seconds, is_late in ((0.001, False), (10.0, True)):
+        manager, context, keys = held(clock)
+        computed(manager, clock, 1.0)
+        loaded(manager, clock, 0.01)
+        manager.limit_load(ask(), 0, TOKENS)
+        spec = manager.prepare_load(keys, context)
+        clock.now += seconds
+        manager._failed[spec.transfer] = {key: error if number else errno.ECANCELED for number, key in enumerate(spec.keys)}
+        manager.complete_load(keys, context)
+        request(manager, "r", BLOCKS)
+        assert manager.limit_load(ask(), 0, TOKENS) == is_late

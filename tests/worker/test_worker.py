@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,6 +237,41 @@ def test_a_copy_that_waits_too_long_for_the_gpu_is_not_held_against_the_drive():
     report = worker.take_report()
     assert report.failed == {TRANSFER: {key(0): errno.EREMOTEIO, key(1): errno.EREMOTEIO}}
     assert report.counters["kvoffload_transfer_failures_total", "copy_in", "ETIMEDOUT"] == 2
+
+
+class SlowEngine(DeafEngine):
+    """Ends the operations that `ended` names as it says, when it is polled."""
+
+    def __init__(self):
+        super().__init__(room=1000)
+        self.ids, self.ended = [], {}
+
+    def submit(self, ops, stream=0):
+        self.ids += ops["id"].tolist()
+        return super().submit(ops, stream)
+
+    def poll(self, max_completions=0):
+        ended, self.ended = self.ended, {}
+        done = np.zeros(len(ended), COMPLETION_DTYPE)
+        done["id"], done["status"] = list(ended), [-error for error in ended.values()]
+        return done
+
+
+@pytest.mark.parametrize(("answered", "error"), [(1, errno.ETIME), (0, errno.ETIMEDOUT)])
+def test_a_load_that_waits_behind_another_is_not_held_against_a_drive_that_answers_that_one(answered, error):
+    """The scheduler side sees jobs end, so to it the drive looked silent until the first load was through."""
+    engine = SlowEngine()
+    worker = Worker(engine, rank=0, group_bytes=[PAYLOAD])
+    worker.load(1, block_list(3, [NO_SLOT] * 3, [0, 1, 2], [0, 1, 2]))
+    first, engine.ids = engine.ids, []
+    impatient = block_list(1, [NO_SLOT], [3], [3])
+    worker.load(2, replace(impatient, transfer=TRANSFER + 1, patience_s=0.5))
+    engine.ended = dict.fromkeys(first[: 2 * answered], 0)
+    worker.poll()
+    engine.ended = {engine.ids[0]: errno.ETIMEDOUT, engine.ids[1]: errno.ECANCELED}
+    worker.poll()
+    assert worker.take_finished() == [(2, False)]
+    assert worker.take_report().failed == {TRANSFER + 1: {key(0): error}}
 
 
 def test_of_several_ranks_words_on_a_demotion_lateness_stays():
