@@ -23,6 +23,7 @@ CONVINCED = 3  # loads from a tier: before, they are made anyway, for the first 
 REACH, REACH_FADES = 8, 0.99  # times the most tokens that were seen computed, which fades: of more nothing is predicted
 LATE = 2.0  # times what a load had taken when it was given up, for want of knowing
 PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow tier has become faster
+PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
 SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
 PATIENCE_MIN_S = 0.5  # that any load is given: less says more about a busy machine than about a drive
@@ -135,10 +136,13 @@ class Decision(NamedTuple):
 
 @dataclass
 class Probing:
-    """Of a tier that is too slow to be worth loading from."""
+    """Of a tier that is too slow to be worth loading from. A small load is mostly latency, from which it does not follow what a
+    large one takes. So if one that many times larger cannot take longer than computing, it follows at once, up to the whole."""
 
     pause_s: float
     next_at: float
+    share: int = PROBE_SHARE
+    whole_s: float = 0.0  # what computing would take where it is probed
 
 
 class Loading(NamedTuple):
@@ -177,7 +181,9 @@ class Estimates:
         for part in parts[:best]:
             self._probing.pop(part.tier, None)
         if best < len(parts) and self._may_probe(now, parts[best].tier):
-            end = ends[best] + max(1, (parts[best].end - ends[best]) // PROBE_SHARE)
+            probing = self._probing[parts[best].tier]
+            probing.whole_s = whole
+            end = ends[best] + max(1, (parts[best].end - ends[best]) // probing.share)
             return Decision(end, Kind.PART, Why.PROBE, None, PATIENCE_MIN_S + 2 * loads[best])
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
         patience_s = max(PATIENCE_MIN_S, whole - (self._recompute_s(total, ends[best]) or 0.0))
@@ -226,7 +232,16 @@ class Estimates:
         self._compare("load", loading.predicted_s, seconds)
         # Of several tiers it is the one that was expected to take longest; while nothing is known of it, the drive.
         slowest = max(loading.queued, key=lambda tier: self._expected_s(tier, loading.queued[tier]))
+        self._end_probe(now, slowest, seconds if arrived else LATE * seconds)
         self._load[slowest].observe(seconds if arrived else LATE * seconds, loading.queued[slowest], 1.0)
+
+    def _end_probe(self, now: float, tier: Tier, seconds: float) -> None:
+        probing = self._probing.get(tier)
+        if probing is not None and PROBE_GROWS * seconds < probing.whole_s:
+            probing.share = max(1, probing.share // PROBE_GROWS)
+            probing.next_at = now
+        elif probing is not None:
+            probing.share = PROBE_SHARE
 
     def _expected_s(self, tier: Tier, nbytes: int) -> float:
         if self._load[tier].is_new:

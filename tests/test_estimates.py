@@ -99,6 +99,34 @@ def test_a_slow_tier_is_loaded_from_no_more_once_that_is_known_and_again_when_it
     assert world.decide(ssd(2000), 2000).kind is Kind.LOAD
 
 
+def test_a_drive_that_is_fast_again_is_loaded_from_though_small_loads_are_mostly_latency():
+    """A sixteenth of this prompt takes a tenth of what computing takes, so a probe alone would never bring the drive back."""
+    world = World(token_s=4e-4)
+    world.latency[Tier.SSD] = 0.04
+    for _ in range(4):
+        world.compute(960)
+        world.request(ssd(960), 960)
+    world.rate[Tier.SSD] /= 1000
+    for _ in range(5):
+        world.request(ssd(960), 960)
+    world.rate[Tier.SSD] *= 1000
+    world.now += PROBE_S
+    kinds = [world.request(ssd(960), 960)[0].kind for _ in range(5)]
+    assert kinds[0] is Kind.PART and kinds[-1] is Kind.LOAD
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_on_a_drive_that_stays_slow_probes_cost_little(noise):
+    world = taught(noise=noise)
+    world.rate[Tier.SSD] /= 100
+    for _ in range(5):
+        world.request(ssd(2000), 2000)
+    asked = [world.request(ssd(2000), 2000) for _ in range(500)]
+    assert sum(decision.why is Why.PROBE for decision, _ in asked) <= 12 + 24 * bool(noise)
+    cold = [world.compute(2000) for _ in range(500)]
+    assert sum(seconds for _, seconds in asked) <= 1.05 * sum(cold)
+
+
 def test_what_is_in_dram_is_loaded_and_what_is_on_a_slow_drive_behind_it_is_not():
     world = taught()
     for _ in range(3):
