@@ -1,9 +1,12 @@
 """A drive that is slower than computing, under a running vLLM: prompts are computed, and loaded again when it is fast."""
 
+import json
 import time
 
 import pytest
 
+from benchmarks import bench_load_or_recompute as bench
+from benchmarks import load_or_recompute_report as report
 from tests.e2e.offload import PROMPT, ask, ask_one
 from tests.e2e.test_drive_faults import Life
 from tests.engine.faulty import FaultPlan
@@ -53,3 +56,16 @@ def test_a_request_that_wants_its_prompt_computed_gets_it_computed(serve, baseli
     assert answer.tokens == life.want[0] and source["disk"] == 0
     answer, source = ask_one(life.engine, life.asked[1], wish={"kvoffload": "load"})
     assert answer.tokens == life.want[1] and source["disk"] == PROMPT
+
+
+def test_the_benchmark_of_it_fills_every_cell(tmp_path):
+    """Figures mean nothing here."""
+    assert bench.main(["--quick", "--folder", str(tmp_path / "drive"), "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"{report.NAME}.json").read_text())
+    cells = {(cell["speed"], cell["tokens"], cell["hit"]) for cell in found["cells"]}
+    shape = bench.QUICK
+    assert cells == {(speed.name, tokens, hit) for speed in shape.speeds for tokens in shape.tokens for hit in shape.hits}
+    assert all(len(times["all"]) == 1 and times["median"] > 0 for cell in found["cells"] for times in cell["ttft_s"].values())
+    for name in (f"{report.NAME}.md", f"{report.NAME}.png"):
+        assert (tmp_path / name).stat().st_size > 500
+    assert not (tmp_path / "drive").exists()
