@@ -20,7 +20,7 @@ FORGETTING = 0.9  # what an observation weighs after the next one: some ten coun
 SURPRISE, SURPRISED = 3.0, 0.1  # times off the mark, after which all that was seen before weighs this much of the new one
 SIMPLER = 0.7  # what a more complicated formula may leave of the error of a simpler one, to be preferred to it
 CONVINCED = 3  # loads from a tier: before, they are made anyway, for the first ones of a process are slow
-REACH, REACH_FADES = 8, 0.99  # times the most tokens that were seen computed, which fades: of more nothing is predicted
+REACH = 8  # times the most tokens that were seen computed: of more nothing is predicted
 LATE = 2.0  # times what a load had taken when it was given up, for want of knowing
 PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow tier has become faster
 PROBE_GROWS = 4  # times a probe is larger than one that says too little
@@ -88,21 +88,27 @@ class Cost:
 
 
 class Prefill:
-    """Of `tokens` after `context`: some time a token, more the more it attends to, and some for the step itself."""
+    """Of `tokens` after `context`: some time a token, more the more it attends to, and some for the step itself.
+
+    Learned by size, in classes of four times each: after every load of a whole prompt its last token is computed, and many of
+    those, which say nothing of whole prompts, would push out what was seen of them."""
 
     def __init__(self) -> None:
-        self._cost = Cost(1e3, 1e6, 1.0)
-        self._reach = 0.0
+        self._costs: dict[int, Cost] = {}
+        self._reach = 0
 
     def observe(self, seconds: float, tokens: int, context: int) -> None:
-        self._reach = max(REACH_FADES * self._reach, REACH * tokens)
-        self._cost.observe(seconds, tokens, tokens * (context + tokens / 2), 1.0)
+        self._reach = max(self._reach, REACH * tokens)
+        cost = self._costs.setdefault(tokens.bit_length() // 2, Cost(1e3, 1e6, 1.0))
+        cost.observe(seconds, tokens, tokens * (context + tokens / 2), 1.0)
 
     def seconds(self, tokens: int, context: int) -> float | None:
         """None if nothing was seen that would tell: how long a few tokens take says little about a whole prompt."""
         if tokens > self._reach:
             return None
-        return self._cost.predict(tokens, tokens * (context + tokens / 2), 1.0)
+        size = tokens.bit_length() // 2
+        nearest = min(self._costs, key=lambda other: (abs(other - size), -other))
+        return self._costs[nearest].predict(tokens, tokens * (context + tokens / 2), 1.0)
 
 
 class Part(NamedTuple):

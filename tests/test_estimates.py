@@ -83,6 +83,16 @@ def test_while_nothing_is_known_all_is_loaded():
     assert decision == (1000, Kind.LOAD, Why.LEARNING, None, None)
 
 
+def test_the_last_tokens_of_many_loaded_prompts_do_not_make_a_whole_prompt_look_cheap():
+    """One such token takes a step, a thousandth of the prompt; that taken for all of it had every tenth hit computed."""
+    world = taught(token_s=7e-4, step_s=0.035, noise=0.2)
+    right = world.prefill_s(960, 0)
+    for _ in range(300):
+        decision, _ = world.request(ssd(960), 960)
+        assert decision.kind is Kind.LOAD
+        assert 0.3 * right < world.estimates.prefill.seconds(960, 0) < 3 * right
+
+
 def test_a_slow_tier_is_loaded_from_no_more_once_that_is_known_and_again_when_it_is_fast():
     world = taught()
     assert world.decide(ssd(2000), 2000).kind is Kind.LOAD
