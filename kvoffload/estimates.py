@@ -21,7 +21,7 @@ SURPRISE, SURPRISED = 3.0, 0.1  # times off the mark, after which all that was s
 SIMPLER = 0.7  # what a more complicated formula may leave of the error of a simpler one, to be preferred to it
 CONVINCED = 3  # loads from a tier: before, they are made anyway, for the first ones of a process are slow
 REACH = 8  # times the most tokens that were seen computed: of more nothing is predicted
-LATE = 2.0  # times what a load had taken when it was given up, for want of knowing
+GIVEN_UP = 2.0  # times what a load had taken when it was given up, for want of knowing
 PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow tier has become faster
 PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
@@ -238,8 +238,8 @@ class Estimates:
         self._compare("load", loading.predicted_s, seconds)
         # Of several tiers it is the one that was expected to take longest; while nothing is known of it, the drive.
         slowest = max(loading.queued, key=lambda tier: self._expected_s(tier, loading.queued[tier]))
-        self._end_probe(now, slowest, seconds if arrived else LATE * seconds)
-        self._load[slowest].observe(seconds if arrived else LATE * seconds, loading.queued[slowest], 1.0)
+        self._end_probe(now, slowest, seconds if arrived else GIVEN_UP * seconds)
+        self._load[slowest].observe(seconds if arrived else GIVEN_UP * seconds, loading.queued[slowest], 1.0)
 
     def _end_probe(self, now: float, tier: Tier, seconds: float) -> None:
         probing = self._probing.get(tier)

@@ -32,6 +32,29 @@ DRAM, SSD = Tier  # see State
 NOTHING: Mapping[BlockKey, int] = MappingProxyType({})
 
 
+class NoJournal:
+    """Without an SSD tier nothing is remembered."""
+
+    def __init__(self) -> None:
+        self._generation = 0
+
+    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None:
+        return
+
+    def delete(self, key: BlockKey) -> None:
+        return
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        return
+
+    def clear(self) -> None:
+        return
+
+    def next_generation(self) -> int:
+        self._generation += 1
+        return self._generation
+
+
 class BlockManager:
     def __init__(
         self,

@@ -1,32 +1,13 @@
 """A trace replayed through the real block manager. No data is moved: every store, demotion and load succeeds at once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvoffload.manager import BlockManager
+from kvoffload.manager import BlockManager, NoJournal
 from kvoffload.policy import EvictionPolicy
 from kvoffload.types import BlockKey, Tier
 
 BOUNCE_SLOTS = 512  # where DRAM is no tier
-
-
-class NoJournal:
-    """Nothing is to survive. Generations must not repeat; else it is all one."""
-
-    def __init__(self) -> None:
-        self._generation = 0
-
-    def next_generation(self) -> int:
-        self._generation += 1
-        return self._generation
-
-    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None: ...
-
-    def delete(self, key: BlockKey) -> None: ...
-
-    def touch(self, keys: Iterable[BlockKey]) -> None: ...
-
-    def clear(self) -> None: ...
 
 
 @dataclass

@@ -31,7 +31,7 @@ from kvoffload.config import Config
 from kvoffload.errors import ConfigError
 from kvoffload.estimates import Kind
 from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
-from kvoffload.manager import BlockManager
+from kvoffload.manager import BlockManager, NoJournal
 from kvoffload.store import DriveWear, Store
 from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
 from kvoffload.vllm import contract
@@ -61,29 +61,6 @@ class Notes:
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
     loads: Loads = field(default_factory=Loads)
     limit: int | None = None  # lookups of blocks that end behind this token miss: they are not worth loading
-
-
-class NoJournal:
-    """Without an SSD tier nothing is remembered."""
-
-    def __init__(self) -> None:
-        self._generation = 0
-
-    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None:
-        return
-
-    def delete(self, key: BlockKey) -> None:
-        return
-
-    def touch(self, keys: Iterable[BlockKey]) -> None:
-        return
-
-    def clear(self) -> None:
-        return
-
-    def next_generation(self) -> int:
-        self._generation += 1
-        return self._generation
 
 
 def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
