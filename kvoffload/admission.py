@@ -9,12 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
+from kvoffload.config import Admissions
 from kvoffload.types import BlockKey
 
 DAY_S = 86_400.0
 BURST_S = 3_600.0  # of the budget that may be saved up
 BURST_BLOCKS_MIN = 16  # so that a budget of a few blocks a day still writes some
 FIRST_USE_FLOOR = 0.5  # of the burst that is kept for blocks that were used before
+GHOSTS_PER_SLOT = 4  # blocks that left, remembered by the number of requests that used them, for each slot of a tier
 GHOSTS_MAX = 1 << 18  # of about 150 bytes
 HOLES_MAX = 4096  # requests
 
@@ -140,6 +142,13 @@ class Admission:
         self._holes.clear()
         if self.ghosts is not None:
             self.ghosts.clear()
+
+
+def chosen(kind: Admissions, bytes_per_day: float | None, block_bytes: int, slots: int, clock: Callable[[], float]) -> Admission:
+    """What a user's settings say. `block_bytes`: of a slot on all ranks. `slots`: of all tiers. `clock`: in seconds."""
+    budget = None if bytes_per_day is None else Budget(bytes_per_day, block_bytes, clock)
+    policy = AdmitAll() if kind == "all" else SecondTouch()
+    return Admission(policy, budget, GHOSTS_PER_SLOT * slots)
 
 
 class WrittenToday:

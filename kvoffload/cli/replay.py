@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from kvoffload import admission
+from kvoffload.config import Admissions
 from kvoffload.manager import BlockManager, NoJournal
 from kvoffload.policy import EvictionPolicy
 from kvoffload.types import BlockKey, Tier
@@ -17,6 +19,7 @@ class Result:
     asked: int = 0
     hits: int = 0
     written: int = 0  # to SSD
+    refused: int = 0  # times that a block was not written to SSD when it could have been
     evictions: dict[Tier, int] = field(default_factory=dict)
     useful: int = 0  # of those written, how many were read before they left
 
@@ -30,15 +33,28 @@ class Result:
 
 
 class Replay:
-    def __init__(self, dram_slots: int, ssd_slots: int, policy: Callable[[int], EvictionPolicy]):
+    def __init__(
+        self,
+        dram_slots: int,
+        ssd_slots: int,
+        policy: Callable[[int], EvictionPolicy],
+        ssd_admission: Admissions = "all",
+        ssd_blocks_per_day: float | None = None,
+    ):
         self.result = Result()
+        self._now = 0.0  # seconds of the trace
+        slots = dram_slots + ssd_slots
         self._manager = BlockManager(
-            dram_slots or BOUNCE_SLOTS, ssd_slots, 1, NoJournal(), dram_is_tier=dram_slots > 0, policy=policy
-        )
+            dram_slots or BOUNCE_SLOTS, ssd_slots, 1, NoJournal(), dram_is_tier=dram_slots > 0, policy=policy,
+            admission=admission.chosen(ssd_admission, ssd_blocks_per_day, 1, slots, lambda: self._now),
+            clock=lambda: self._now,
+        )  # fmt: skip
         self._unread: set[BlockKey] = set()  # written to SSD and not read since
         self._number = 0
 
-    def request(self, keys: Sequence[BlockKey]) -> None:
+    def request(self, keys: Sequence[BlockKey], second: float = 0.0) -> None:
+        """`second`: of the trace, when it came."""
+        self._now = max(self._now, second)
         manager, result, owner = self._manager, self.result, str(self._number)
         self._number += 1
         found: list[BlockKey] = []
@@ -65,6 +81,7 @@ class Replay:
             rest = rest[rest.index(placed[-1]) + 1 :] if placed and stored.dropped else []
         manager.touch(keys, owner)
         manager.end_step()
+        result.refused = sum(count for name, count in manager.counters.items() if name[0] == "kvoffload_refused_admissions_total")
         result.evictions = {tier: manager.counters["kvoffload_evictions_total", tier.value] for tier in Tier}
 
     def _demote(self) -> None:

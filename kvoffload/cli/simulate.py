@@ -11,6 +11,7 @@ from rich.table import Table
 from kvoffload.cli.clairvoyant import clairvoyant_hits
 from kvoffload.cli.replay import Replay, Result
 from kvoffload.cli.traces import Trace, read
+from kvoffload.config import Admissions
 from kvoffload.errors import UserError
 from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.types import Tier
@@ -25,17 +26,24 @@ def simulate(
     dram_gb: Annotated[float, typer.Option(min=0, help="The DRAM tier, in GB.")] = 0,
     ssd_gb: Annotated[float, typer.Option(min=0, help="The SSD tier, in GB.")] = 0,
     policy: Annotated[str, typer.Option(help=f"Which block leaves first: {', '.join(POLICIES)}.")] = DEFAULT,
+    ssd_admission: Annotated[Admissions, typer.Option(help="What is written to the SSD.")] = "all",
+    ssd_write_gb_per_day: Annotated[float | None, typer.Option(min=0, help="Budget of writes, on the trace's clock.")] = None,
     kv_bytes_per_token: Annotated[int, typer.Option(min=1, help="Of all layers; 131072 is an 8B model's in 16 bits.")] = 131072,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests of the trace.")] = None,
     sweep: Annotated[bool, typer.Option(help="All policies, with SSD tiers of 1 to 50 % of the trace's blocks.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Where a sweep draws its curves (.png, .svg, .pdf).")] = None,
 ) -> None:
-    """Replays a trace through the block manager, and reports hits and bytes written. No data is moved."""
+    """Replays a trace through the block manager, and reports hits and bytes written. No data is moved.
+
+    Example: kvoffload simulate --trace requests.jsonl --dram-gb 32 --ssd-gb 500
+    """
     if policy not in POLICIES:
         raise UserError(f"there is no policy {policy!r}; take one of {', '.join(POLICIES)}")
     if plot and not sweep:
         raise UserError("--plot draws a sweep; add --sweep")
     requests = read(trace, limit)
+    if not ssd_gb and (ssd_admission != "all" or ssd_write_gb_per_day is not None):
+        raise UserError("--ssd-admission and --ssd-write-gb-per-day are about an SSD tier; give --ssd-gb")
     if sweep:
         rates = sweep_rates(requests)
         print_sweep(rates)
@@ -46,21 +54,23 @@ def simulate(
     dram_slots, ssd_slots = int(dram_gb * GB // block_bytes), int(ssd_gb * GB // block_bytes)
     if not dram_slots and not ssd_slots:
         raise UserError(f"no tier holds a block of {block_bytes / 1e6:g} MB; give --dram-gb or --ssd-gb more")
-    print_result(requests, run(requests, dram_slots, ssd_slots, policy), block_bytes)
+    budget = None if ssd_write_gb_per_day is None else ssd_write_gb_per_day * GB / block_bytes
+    result = run(requests, policy, Replay(dram_slots, ssd_slots, POLICIES[policy], ssd_admission, budget))
+    print_result(requests, result, block_bytes)
 
 
-def run(trace: Trace, dram_slots: int, ssd_slots: int, policy: str) -> Result:
-    replay = Replay(dram_slots, ssd_slots, POLICIES[policy])
+def run(trace: Trace, name: str, replay: Replay) -> Result:
     console = Console(stderr=True)
-    for request in track(trace.requests, policy, console=console, transient=True, disable=not console.is_terminal):
-        replay.request(request)
+    requests = list(zip(trace.requests, trace.seconds, strict=True))
+    for request, second in track(requests, name, console=console, transient=True, disable=not console.is_terminal):
+        replay.request(request, second)
     return replay.result
 
 
 def sweep_rates(trace: Trace) -> dict[str, list[float]]:
     """Prefix-hit rates by policy, one for each of SHARES; with the bound."""
     slots = [max(1, trace.blocks * share // 100) for share in SHARES]
-    rates = {policy: [run(trace, 0, count, policy).hit_rate for count in slots] for policy in POLICIES}
+    rates = {policy: [run(trace, policy, Replay(0, count, made)).hit_rate for count in slots] for policy, made in POLICIES.items()}
     rates[CLAIRVOYANT] = [clairvoyant_hits(trace.requests, count) / trace.uses for count in slots]
     return rates
 
@@ -78,6 +88,7 @@ def print_result(trace: Trace, result: Result, block_bytes: int) -> None:
     table.add_row("of these hit", f"{result.hits * trace.block_tokens:,} ({result.hit_rate:.1%})")
     table.add_row("written to SSD", f"{result.written * block_bytes / GB:,.1f} GB")
     table.add_row("of these read at least once", f"{result.useful_rate:.1%}")
+    table.add_row("not written when it could have been", f"{result.refused:,} times")
     for tier in Tier:
         table.add_row(f"evictions from {tier.value}", f"{result.evictions[tier]:,}")
     Console().print(table)

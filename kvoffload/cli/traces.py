@@ -16,6 +16,7 @@ BAILIAN_TOKENS = 16  # in one of those that Alibaba's Bailian (qwen-bailian) pub
 
 class Trace(NamedTuple):
     requests: list[list[BlockKey]]  # each the blocks of its prompt in prefix order
+    seconds: list[float]  # when each came; 0 where the trace does not tell
     block_tokens: int
 
     @property
@@ -29,21 +30,26 @@ class Trace(NamedTuple):
 
 
 def read(file: Path, limit: int | None = None) -> Trace:
-    """JSON lines of either kind, told apart by `chat_id`; the first `limit` requests."""
+    """JSON lines of either kind, told apart by `chat_id`; the first `limit` requests. Mooncake's timestamps are milliseconds,
+    Bailian's seconds."""
     keys: dict[int, BlockKey] = {}
-    requests = []
-    block_tokens = MOONCAKE_TOKENS
+    requests, seconds = [], []
+    block_tokens, ticks = MOONCAKE_TOKENS, 1e-3
     for number, row in islice(_rows(file), limit):
         ids = row.get("hash_ids")
         if not isinstance(ids, list) or not all(isinstance(block, int) for block in ids):
             raise UserError(f"{file}, line {number}: no list of numbers in hash_ids; give a Mooncake or Bailian trace")
         if "chat_id" in row:
-            block_tokens = BAILIAN_TOKENS
+            block_tokens, ticks = BAILIAN_TOKENS, 1.0
+        came = row.get("timestamp", 0)
+        if isinstance(came, bool) or not isinstance(came, int | float):
+            raise UserError(f"{file}, line {number}: timestamp {came!r} is no number; give a Mooncake or Bailian trace")
         ids = list(dict.fromkeys(ids))
         requests.append([keys.setdefault(block, key_of(block)) for block in ids])
+        seconds.append(came * ticks)
     if not requests:
         raise UserError(f"{file} holds no requests; give a trace in JSON lines")
-    return Trace(requests, block_tokens)
+    return Trace(requests, seconds, block_tokens)
 
 
 def key_of(block: int) -> BlockKey:

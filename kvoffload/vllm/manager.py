@@ -26,7 +26,8 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
 
-from kvoffload.admission import Admission, AdmitAll, Budget, SecondTouch, WrittenToday
+from kvoffload import admission
+from kvoffload.admission import Admission, AdmitAll, WrittenToday
 from kvoffload.config import Config
 from kvoffload.errors import ConfigError
 from kvoffload.estimates import Kind
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GHOSTS_PER_SLOT = 4  # blocks that left, remembered by the number of requests that used them, for each slot of a tier
 
 
 @dataclass
@@ -75,16 +75,6 @@ def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if settings.dram_bytes > memory:
         raise ConfigError(f"{asked} is more than the {memory / 1e9:.1f} GB of memory this machine has: lower it")
-
-
-def admission(settings: Config, geometry: Geometry, slots: int) -> Admission:
-    """What the user chose. `slots`: of all tiers."""
-    budget = None
-    if settings.ssd_write_bytes_per_day is not None:
-        block = slot_bytes(geometry.payload_bytes) * geometry.ranks
-        budget = Budget(settings.ssd_write_bytes_per_day / geometry.engines, block, time.monotonic)
-    policy = AdmitAll() if settings.ssd_admission == "all" else SecondTouch()
-    return Admission(policy, budget, GHOSTS_PER_SLOT * slots)
 
 
 class ManagerAdapter(OffloadingManager):
@@ -135,7 +125,9 @@ class ManagerAdapter(OffloadingManager):
         slot = slot_bytes(geometry.payload_bytes)
         self._block_bytes = ranks * slot
         folders = [os.path.dirname(path) for path in self._attach[0].paths] if self._attach else ["none"]
-        self._admission = admission(settings, geometry, dram.slots + ssd_slots)
+        budget, slots = settings.ssd_write_bytes_per_day, dram.slots + ssd_slots
+        share = None if budget is None else budget / geometry.engines
+        self._admission = admission.chosen(settings.ssd_admission, share, self._block_bytes, slots, time.monotonic)
         self._core = BlockManager(
             dram.slots, ssd_slots, ranks, journal,
             dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=entries,

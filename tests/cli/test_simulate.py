@@ -86,11 +86,34 @@ def test_no_policy_hits_more_than_the_clairvoyant(policy):
         assert replay.result.hits <= clairvoyant_hits(requests, capacity)
 
 
+def test_second_touch_writes_only_what_a_second_request_uses():
+    replay = Replay(8, 64, POLICIES["lru"], "second-touch")
+    for ids in CHATS:
+        replay.request([key_of(block) for block in ids])
+        replay._manager.check()
+    assert replay.result.written == 5  # 0 to 4: the others are used once
+    assert replay.result.refused > 0
+
+
+def test_a_budget_is_spent_on_the_clock_of_the_trace():
+    """A day's budget of 24 blocks: blocks used once may only take the upper half of what is saved up, and that
+    half is empty at the start; every hour brings a block."""
+    written = {}
+    for gap in (0.0, 3600.0):
+        replay = Replay(0, 64, POLICIES["lru"], "all", 24.0)
+        for number in range(30):
+            replay.request([key_of(number)], number * gap)
+        written[gap] = replay.result.written
+        assert replay.result.written + replay.result.refused == 30
+    assert written == {0.0: 0, 3600.0: 29}
+
+
 def test_both_kinds_of_trace_are_read(tmp_path):
     assert read(mooncake(tmp_path / "a")).block_tokens == 512
     trace = read(bailian(tmp_path / "b"))
     assert (trace.block_tokens, trace.blocks, trace.uses) == (16, 4, 7)
     assert trace.requests[1][:3] == trace.requests[0]
+    assert trace.seconds == [0.5, 9.5]
     assert len(read(mooncake(tmp_path / "a"), 2).requests) == 2
 
 
@@ -99,6 +122,16 @@ def test_the_command_reports_hits_and_writes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "48 (42.9%)" in done.stdout
     assert "75.0%" in done.stdout
+
+
+def test_the_command_tells_what_admission_refused(tmp_path):
+    trace = mooncake(tmp_path / "a")
+    written = [
+        kvoffload("--trace", trace, "--dram-gb", 0.3, "--ssd-gb", 1, *arguments).stdout
+        for arguments in ([], ["--ssd-admission", "second-touch"], ["--ssd-write-gb-per-day", 0.1])
+    ]
+    assert "0 times" in written[0]
+    assert all("0 times" not in output and "times" in output for output in written[1:])
 
 
 def test_a_sweep_draws_its_curves(tmp_path):
@@ -119,6 +152,8 @@ def test_a_sweep_draws_its_curves(tmp_path):
         (None, ["--ssd-gb", 1], "cannot be read"),
         ('{"hash_ids": [1]}', [], "give --dram-gb or --ssd-gb"),
         ('{"hash_ids": [1]}', ["--policy", "best"], "take one of"),
+        ('{"hash_ids": [1]}', ["--dram-gb", 1, "--ssd-write-gb-per-day", 1], "give --ssd-gb"),
+        ('{"hash_ids": [1], "timestamp": "noon"}', ["--ssd-gb", 1], "timestamp 'noon' is no number"),
         ('{"hash_ids": [1]}', ["--plot", "x.png"], "add --sweep"),
         ('{"hash_ids": [1]}', ["--sweep", "--plot", "no/such/x.png"], "cannot be drawn"),
     ],
