@@ -6,7 +6,7 @@ model, the other requests and the queues that lie between. So the estimates need
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
@@ -26,7 +26,8 @@ PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow
 PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
 SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
-PATIENCE_MIN_S = 0.5  # that any load is given: less says more about a busy machine than about a drive
+PROBE_LOSS = 0.05  # of what computing takes: so long a probe may last
+PATIENCE_MIN_S, PROBE_PATIENCE_MIN_S = 0.25, 0.1  # that any load is given: less says more about a busy machine than about a drive
 
 
 class Cost:
@@ -99,16 +100,31 @@ class Prefill:
 
     def observe(self, seconds: float, tokens: int, context: int) -> None:
         self._reach = max(self._reach, REACH * tokens)
-        cost = self._costs.setdefault(tokens.bit_length() // 2, Cost(1e3, 1e6, 1.0))
+        cost = self._costs.setdefault(self.size(tokens), Cost(1e3, 1e6, 1.0))
         cost.observe(seconds, tokens, tokens * (context + tokens / 2), 1.0)
 
     def seconds(self, tokens: int, context: int) -> float | None:
         """None if nothing was seen that would tell: how long a few tokens take says little about a whole prompt."""
         if tokens > self._reach:
             return None
-        size = tokens.bit_length() // 2
-        nearest = min(self._costs, key=lambda other: (abs(other - size), -other))
-        return self._costs[nearest].predict(tokens, tokens * (context + tokens / 2), 1.0)
+        return self._predict(self._costs, tokens, context)
+
+    def least(self, tokens: int, context: int) -> float:
+        """The same as if no prefill of so few tokens had been seen. What larger ones took for each token is the least that it can
+        take; 0 if there are none."""
+        size = self.size(tokens)
+        larger = {other: cost for other, cost in self._costs.items() if other > size}
+        return self._predict(larger, tokens, context) or 0.0
+
+    def _predict(self, costs: Mapping[int, Cost], tokens: int, context: int) -> float | None:
+        size = self.size(tokens)
+        nearest = min(costs, key=lambda other: (abs(other - size), -other), default=None)
+        return None if nearest is None else costs[nearest].predict(tokens, tokens * (context + tokens / 2), 1.0)
+
+    @staticmethod
+    def size(tokens: int) -> int:
+        """Its class."""
+        return tokens.bit_length() // 2
 
 
 class Part(NamedTuple):
@@ -142,8 +158,11 @@ class Decision(NamedTuple):
 
 @dataclass
 class Probing:
-    """Of a tier that is too slow to be worth loading from. A small load is mostly latency, from which it does not follow what a
-    large one takes. So if one that many times larger cannot take longer than computing, it follows at once, up to the whole."""
+    """Of a tier that is too slow to be worth loading from, or of few tokens that take too long for loading all others to be
+    worth it: without it nothing more would be learned of either, however wrong what is known of it has become.
+
+    A small load is mostly latency, from which it does not follow what a large one takes. So if one that many times larger cannot
+    take longer than computing, it follows at once, up to the whole."""
 
     pause_s: float
     next_at: float
@@ -165,7 +184,8 @@ class Estimates:
         self.prefill = Prefill()
         self._load = {tier: Cost(1e6, 1.0) for tier in Tier}
         self._queued = dict.fromkeys(Tier, 0)
-        self._probing: dict[Tier, Probing] = {}
+        self._probing: dict[Tier | int, Probing] = {}  # by tier, or by size of a prefill
+        self._suspects: set[Tier] = set()  # of which the latest load was given up: all may be slow now, so one tries a little first
         self._counters = counters
 
     # -- deciding ----------------------------------------------------------------------------------------------
@@ -184,18 +204,39 @@ class Estimates:
             return self._learn(now, computed, parts, loads[-1])
         times = [load + (self._recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
+        suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
+        if suspect is not None:
+            return self._probe_tier(now, ends[suspect], parts[suspect], loads[suspect], whole)
         for part in parts[:best]:
             self._probing.pop(part.tier, None)
-        if best < len(parts) and self._may_probe(now, parts[best].tier):
-            probing = self._probing[parts[best].tier]
-            probing.whole_s = whole
-            end = ends[best] + max(1, (parts[best].end - ends[best]) // probing.share)
-            return Decision(end, Kind.PART, Why.PROBE, None, PATIENCE_MIN_S + 2 * loads[best])
+        if best < len(parts):
+            probe = self._probe_rest(now, total, parts[-1].end, loads[-1], times[best])
+            if probe is not None:
+                return probe
+            if self._may_probe(now, parts[best].tier):
+                return self._probe_tier(now, ends[best], parts[best], loads[best], whole)
+        else:
+            self._probing.pop(Prefill.size(max(1, total - ends[-1])), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
         patience_s = max(PATIENCE_MIN_S, whole - (self._recompute_s(total, ends[best]) or 0.0))
         if any(self._load[part.tier].is_new for part in parts[:best]):
             return Decision(ends[best], kind, Why.LEARNING, None, patience_s)
         return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
+
+    def _probe_rest(self, now: float, total: int, end: int, load_s: float, best_s: float) -> Decision | None:
+        """Loads everything once in a while if only what was seen of computing the rest speaks against it."""
+        rest = max(1, total - end)
+        least_s = self.prefill.least(rest, end)
+        if load_s + least_s >= best_s or not self._may_probe(now, Prefill.size(rest)):
+            return None
+        return Decision(end, Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, best_s - least_s))
+
+    def _probe_tier(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
+        """Loads a little of a tier that is too slow. `load_s`: for what comes before it."""
+        probing = self._probing.setdefault(part.tier, Probing(PROBE_S, now + PROBE_S))
+        probing.whole_s = whole_s
+        end = begin + max(1, (part.end - begin) // probing.share)
+        return Decision(end, Kind.PART, Why.PROBE, None, max(PROBE_PATIENCE_MIN_S, PROBE_LOSS * whole_s) + 2 * load_s)
 
     def _learn(self, now: float, computed: int, parts: Sequence[Part], load_s: float) -> Decision:
         """Loads, while nothing is known of computing. But if it is known that loading takes long, recomputing once tells
@@ -213,8 +254,8 @@ class Estimates:
         known = [(tier, nbytes) for tier, nbytes in _bytes_by_tier(parts).items() if not self._load[tier].is_new]
         return max((self._load[tier].predict(self._queued[tier] + nbytes, 1.0) or 0.0 for tier, nbytes in known), default=0.0)
 
-    def _may_probe(self, now: float, tier: Tier) -> bool:
-        probing = self._probing.setdefault(tier, Probing(PROBE_S, now + PROBE_S))
+    def _may_probe(self, now: float, what: Tier | int) -> bool:
+        probing = self._probing.setdefault(what, Probing(PROBE_S, now + PROBE_S))
         if now < probing.next_at:
             return False
         probing.pause_s = min(2 * probing.pause_s, PROBE_MAX_S)
@@ -238,11 +279,17 @@ class Estimates:
         self._compare("load", loading.predicted_s, seconds)
         # Of several tiers it is the one that was expected to take longest; while nothing is known of it, the drive.
         slowest = max(loading.queued, key=lambda tier: self._expected_s(tier, loading.queued[tier]))
-        self._end_probe(now, slowest, seconds if arrived else GIVEN_UP * seconds)
-        self._load[slowest].observe(seconds if arrived else GIVEN_UP * seconds, loading.queued[slowest], 1.0)
+        probing = self._probing.get(slowest)
+        if arrived:
+            self._suspects.discard(slowest)
+        else:
+            self._suspects.add(slowest)
+            # A probe is given up soon, which must not look like a load that took no longer.
+            seconds = GIVEN_UP * max(seconds, probing.whole_s if probing is not None else 0.0)
+        self._end_probe(now, probing, seconds)
+        self._load[slowest].observe(seconds, loading.queued[slowest], 1.0)
 
-    def _end_probe(self, now: float, tier: Tier, seconds: float) -> None:
-        probing = self._probing.get(tier)
+    def _end_probe(self, now: float, probing: Probing | None, seconds: float) -> None:
         if probing is not None and PROBE_GROWS * seconds < probing.whole_s:
             probing.share = max(1, probing.share // PROBE_GROWS)
             probing.next_at = now

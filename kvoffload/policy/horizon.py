@@ -81,8 +81,12 @@ class Horizon:
             self._levels.push(entry)
 
     def _count(self, key: BlockKey, now: int, known: Entry | None) -> Entry:
-        uses = 1.0 if known is None else 1.0 + known[2] * 2.0 ** ((known[0] - now) / (MEMORY * self._turnover))
-        entry = self._there[key] = (now, key, uses, level_of(uses))
+        if known is None:
+            entry = (now, key, 1.0, 0)
+        else:
+            uses = 1.0 + known[2] * 2.0 ** ((known[0] - now) / (MEMORY * self._turnover))
+            entry = (now, key, uses, level_of(uses))
+        self._there[key] = entry
         if self._every == 1 or zlib.crc32(key) // 7 % self._every == 0:
             for shadow in self._shadows:
                 shadow.use(entry, self._turnover)

@@ -77,6 +77,12 @@ def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
         raise ConfigError(f"{asked} is more than the {memory / 1e9:.1f} GB of memory this machine has: lower it")
 
 
+def write_budget(settings: Config, geometry: Geometry) -> float | None:
+    """Of one engine, bytes a day."""
+    budget = settings.ssd_write_bytes_per_day
+    return None if budget is None else budget / geometry.engines
+
+
 class ManagerAdapter(OffloadingManager):
     """`open` completes it; vLLM constructs it before the KV-cache configuration can be given to it."""
 
@@ -125,9 +131,8 @@ class ManagerAdapter(OffloadingManager):
         slot = slot_bytes(geometry.payload_bytes)
         self._block_bytes = ranks * slot
         folders = [os.path.dirname(path) for path in self._attach[0].paths] if self._attach else ["none"]
-        budget, slots = settings.ssd_write_bytes_per_day, dram.slots + ssd_slots
-        share = None if budget is None else budget / geometry.engines
-        self._admission = admission.chosen(settings.ssd_admission, share, self._block_bytes, slots, time.monotonic)
+        budget, slots = write_budget(settings, geometry), dram.slots + ssd_slots
+        self._admission = admission.chosen(settings.ssd_admission, budget, self._block_bytes, slots, time.monotonic)
         self._core = BlockManager(
             dram.slots, ssd_slots, ranks, journal,
             dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=entries,

@@ -35,7 +35,7 @@ from kvoffload.layout import slot_bytes
 from kvoffload.types import NO_SLOT, TransferReport
 from kvoffload.vllm.connector import KVOffloadConnector
 from kvoffload.vllm.geometry import Geometry
-from kvoffload.vllm.manager import ManagerAdapter, admission
+from kvoffload.vllm.manager import ManagerAdapter, write_budget
 
 PAYLOAD = 100_000
 GROUPS = (4, 7)  # vLLM's group ids need not begin at 0
@@ -295,8 +295,8 @@ def test_writes_stay_within_the_budget_and_its_metrics_say_so(tmp_path, monkeypa
 
 def test_engines_divide_the_write_budget():
     settings = Config.parse({"nvme_path": "/a", "ssd_kv_offload_gb": 1, "ssd_write_gb_per_day": 86.4})
-    shares = [admission(settings, Geometry(PAYLOAD, (PAYLOAD,), 2, engines, 8), 10).budget.rate for engines in (1, 4)]
-    assert shares == [1e6, 0.25e6]
+    shares = [write_budget(settings, Geometry(PAYLOAD, (PAYLOAD,), 2, engines, 8)) for engines in (1, 4)]
+    assert shares == [86.4e9, 21.6e9]
 
 
 def test_what_a_drive_says_of_its_wear_is_exported_by_its_number(tmp_path):
