@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from kvoffload.admission import Ghosts
 from kvoffload.blocks import ABSENT, READY, Block, Journal, Recovered
 from kvoffload.drives import Drive, Drives
+from kvoffload.garbage import uncollected
 from kvoffload.policy import EvictionPolicy
 from kvoffload.slots import SlotPool
 from kvoffload.types import NO_SLOT, BlockKey, Tier
@@ -37,13 +38,14 @@ class Index:
 
     def recover(self, recovered: Iterable[Recovered]) -> None:
         blocks, of, tick = self.blocks, self.drives.of, self.tick
-        for entry in recovered:
-            key = entry.key
-            block = blocks[key] = Block(key, entry.group, entry.generation, tick())
-            block.ssd, block.ssd_slot = READY, entry.slot
-            policy = of(entry.slot).policy
-            policy.enter(key, block.used, 0)
-            policy.release(key)
+        with uncollected():
+            for entry in recovered:
+                key = entry.key
+                block = blocks[key] = Block(key, entry.group, entry.generation, tick())
+                block.ssd, block.ssd_slot = READY, entry.slot
+                policy = of(entry.slot).policy
+                policy.enter(key, block.used, 0)
+                policy.release(key)
         owned = {block.ssd_slot for block in blocks.values()}
         for drive in self.drives:
             drive.pool.claim(owned)

@@ -25,5 +25,7 @@ class History(Generic[T]):
         self._young[key] = known
 
     def take(self, key: BlockKey) -> T | None:
+        if not self._young and not self._old:
+            return None
         known = self._young.pop(key, None)
         return self._old.pop(key, None) if known is None else known

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from ..errors import StoreError
+from ..garbage import uncollected
 from ..layout import FORMAT_VERSION, JOURNAL_BYTES_PER_SLOT
 from ..types import KEY_BYTES_MAX, BlockKey
 from .directory import Directory
@@ -119,7 +120,8 @@ class Index:
         return len(dropped)
 
     def entries(self) -> list[Entry]:
-        return [Entry(key, *block) for key, block in self._blocks.items()]
+        with uncollected():
+            return [Entry(key, *block) for key, block in self._blocks.items()]
 
     def puts(self) -> Iterator[Record]:
         """The shortest list of changes that leads here from nothing."""
@@ -206,8 +208,9 @@ def replay(body: bytes) -> Replayed:
         used = memoryview(np.frombuffer(used, _RECORD_DTYPE)[places].tobytes())
     index = Index()
     apply = index.apply
-    for _, generation, slot, group, kind, key, _ in _RECORD.iter_unpack(used):
-        apply(kind, key, slot, generation, group)
+    with uncollected():
+        for _, generation, slot, group, kind, key, _ in _RECORD.iter_unpack(used):
+            apply(kind, key, slot, generation, group)
     return Replayed(index, count * RECORD_BYTES, skipped)
 
 
