@@ -9,6 +9,7 @@ over all of them, and a wrong block anywhere in a prompt changes the tokens that
 
 import fcntl
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -33,6 +35,7 @@ VOCABULARY = 1024
 POSITIONS = 16384
 SLIDING_WINDOW = 128
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"  # any English text does for training the tokenizer
 
 
@@ -47,7 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(TEXT.read_text().splitlines(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=POSITIONS, **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=POSITIONS, chat_template=CHAT, **SPECIAL)
 
 
 def llama() -> PreTrainedModel:
@@ -92,6 +95,25 @@ def gemma() -> PreTrainedModel:
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "gemma": gemma}
+
+
+LORA_RANK = 8
+
+
+def make_lora(directory: Path, seed: int = SEED) -> Path:
+    """Make a LoRA adapter for the model "llama" in a folder of `directory`; answer that folder."""
+    folder = directory / f"lora-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": 4 * LORA_RANK, "target_modules": ["o_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(8):
+        name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
+        weights[f"{name}.lora_A.weight"] = 0.1 * torch.randn(LORA_RANK, 512, generator=random)
+        weights[f"{name}.lora_B.weight"] = 0.1 * torch.randn(512, LORA_RANK, generator=random)
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
 
 
 def make(name: str, directory: Path, seed: int = SEED) -> Path:

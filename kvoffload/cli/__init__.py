@@ -4,10 +4,12 @@ import sys
 
 import typer
 
+from kvoffload.cli.serve import SETTINGS, serve
 from kvoffload.cli.simulate import simulate
 from kvoffload.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command(context_settings=SETTINGS, options_metavar="MODEL [OPTIONS] [any vllm serve flag]")(serve)
 app.command()(simulate)
 
 

@@ -1,92 +1,104 @@
-"""vLLM's server with kvoffload by its name alone: the HTTP API answers, and /metrics shows what kvoffload did."""
+"""`kvoffload serve` on a real vLLM: the clients people have, what /metrics says, signals, and a second life."""
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from vllm_process import child_environment
+from openai import OpenAI
+from tiny_models import LORA_RANK, make_lora
 
 from kvoffload.metrics import METRICS
-from tests.e2e.offload import POOL, PROMPT
+from tests.e2e.conftest import BUILD
+from tests.e2e.offload import PROMPT
+from tests.e2e.served import served
 
-START_S = 240
-
-
-@pytest.fixture
-def server(model, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    extra = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3, "dram_kv_offload_gb": 0.06}
-    transfer = {"kv_connector": "KVOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # the CLI asks for a package called vllm
-    command += ["--model", str(model("llama")), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-    for name, value in POOL.items():
-        command += ["--" + name.replace("_", "-"), str(value)]
-    command += ["--kv-transfer-config", json.dumps(transfer)]
-    with (tmp_path / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=child_environment(1), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(url, process)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+NAME = "Meta-Llama-3.1-8B-Instruct"
+POOL = ["--max-model-len", 1056, "--num-gpu-blocks-override", 40, "--served-model-name", NAME]
+TIERS = ["--dram-kv-offload-gb", 0.06, "--ssd-kv-offload-gb", 0.3]
+STOP_S = 60
 
 
-def wait_for(url: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended"
-        try:
-            urllib.request.urlopen(url + "/health", timeout=5).close()
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.5)
-        else:
-            return
-    raise AssertionError(f"the server did not answer within {START_S} s")
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    lora = ["--enable-lora", "--max-lora-rank", LORA_RANK, "--lora-modules", f"lora={make_lora(BUILD / 'models')}"]
+    flags = ["--nvme_path", folder, *TIERS, *POOL, *lora]
+    with served(model("llama"), folder / "log", *flags, env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}) as made:
+        yield made
 
 
-def complete(url: str, model: str, prompt: list[int]) -> str:
-    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0}
-    request = urllib.request.Request(
-        url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+def test_a_health_check_is_answered(server):
+    assert server.get("/health")[0] == 200
+
+
+def test_a_completion_is_answered(server):
+    assert server.complete(NAME, "What is the capital of France?", temperature=0.7, max_tokens=100)
+
+
+def test_a_chat_is_answered(server):
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "What is machine learning?"},
+    ]
+    answer = server.post("/v1/chat/completions", model=NAME, messages=messages, max_tokens=200)
+    assert '"role":"assistant"' in answer.replace(" ", "")
+
+
+def test_the_openai_client_is_answered(server):
+    client = OpenAI(base_url=server.url + "/v1", api_key="dummy")
+    response = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "Explain quantum computing in simple terms"}],
+        max_tokens=150,
+        temperature=0.8,
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)["choices"][0]["text"]
+    assert response.choices[0].message.content
+    assert response.usage.completion_tokens > 0
 
 
-def scrape(url: str) -> dict[str, float]:
-    """Every sample of kvoffload, summed over labels."""
-    with urllib.request.urlopen(url + "/metrics", timeout=30) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    sums: dict[str, float] = {}
-    for family in families:
-        for sample in family.samples:
-            if sample.name.startswith("kvoffload_"):
-                sums[sample.name] = sums.get(sample.name, 0) + sample.value
-    return sums
+def test_a_lora_of_the_start_and_one_of_run_time_answer_each_in_its_own_way_from_the_cache(server, prompts):
+    other = make_lora(BUILD / "models", seed=7)
+    server.post("/v1/load_lora_adapter", lora_name="other", lora_path=str(other))
+    prompt, pushing_out = prompts.one(PROMPT), prompts.many(2, PROMPT)
+    load = {"kv_transfer_params": {"kvoffload": "load"}}
+    first, hits = {}, {}
+    for name in (NAME, "lora", "other"):
+        first[name] = server.complete(name, prompt)
+    assert len(set(first.values())) == 3
+    for name in first:
+        for filler in pushing_out:
+            server.complete(NAME, filler)
+        before = server.scrape()["kvoffload_hit_blocks_total"]
+        assert server.complete(name, prompt, **load) == first[name]
+        hits[name] = server.scrape()["kvoffload_hit_blocks_total"] - before
+    assert all(count > 0 for count in hits.values()), hits
+    server.post("/v1/unload_lora_adapter", lora_name="other")
+    assert "other" not in server.get("/v1/models")[1]
 
 
-def test_a_served_model_answers_from_the_cache_and_its_metrics_say_so(server, model, prompts):
+def test_a_served_model_answers_from_the_cache_and_its_metrics_say_so(server, prompts):
     asked = prompts.many(3, PROMPT)
-    first = [complete(server, str(model("llama")), prompt) for prompt in asked]
-    second = [complete(server, str(model("llama")), prompt) for prompt in asked]
+    before = server.scrape()
+    first = [server.complete(NAME, prompt) for prompt in asked]
+    second = [server.complete(NAME, prompt, kv_transfer_params={"kvoffload": "load"}) for prompt in asked]
     assert first == second
-    sums = scrape(server)
-    assert sums["kvoffload_hit_blocks_total"] > 0
-    assert sums["kvoffload_stored_blocks_total"] >= 90
+    sums = server.scrape()
+    assert sums["kvoffload_hit_blocks_total"] > before["kvoffload_hit_blocks_total"]
+    assert sums["kvoffload_stored_blocks_total"] - before["kvoffload_stored_blocks_total"] >= 90
     assert sums["kvoffload_used_bytes"] > 0
     assert {name for name in sums if not name.endswith("_created")} <= set(METRICS)
+
+
+def test_sigterm_ends_it_in_order_and_a_second_life_hits_what_the_first_stored(model, tmp_path, prompts):
+    prompt = prompts.one(PROMPT)
+    flags = ["--nvme-path", tmp_path, "--ssd-kv-offload-gb", 0.3, *POOL]
+    answers, hits = [], []
+    for resume in ("--resume-kv-cache", "--resume-kv-cache", "--no-resume-kv-cache"):
+        with served(model("llama"), tmp_path / "log", *flags, resume) as server:
+            answers.append(server.complete(NAME, prompt, kv_transfer_params={"kvoffload": "load"}))
+            server.complete(NAME, prompts.one(PROMPT))  # its steps bring the first one's blocks to the SSD
+            hits.append(server.scrape()["kvoffload_hit_blocks_total"])
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(STOP_S)
+            assert server.process.returncode in (0, -signal.SIGTERM), server.process.returncode
+    assert len(set(answers)) == 1
+    assert hits[0] == 0 and hits[1] > 0 and hits[2] == 0
