@@ -102,6 +102,9 @@ class Demotions:
     def blocks(self) -> Iterable[Block]:
         return self._blocks.values()
 
+    def __len__(self) -> int:
+        return len(self._blocks)
+
 
 class Journal(Protocol):
     """What the manager tells the store; none of it blocks or raises."""

@@ -269,16 +269,17 @@ class Estimates:
             self._queued[tier] += more
         return Loading(now, nbytes, {tier: self._queued[tier] for tier in nbytes}, predicted_s)
 
-    def end_load(self, now: float, loading: Loading, arrived: bool, late: bool) -> None:
-        """`late`: it was given up, so it would have taken longer than it did. One that failed otherwise teaches nothing."""
+    def end_load(self, now: float, loading: Loading, arrived: bool, late: bool) -> Tier:
+        """`late`: it was given up, so it would have taken longer than it did. One that failed otherwise teaches nothing. Answers
+        the tier that it is taken to have waited for."""
         for tier, nbytes in loading.nbytes.items():
             self._queued[tier] -= nbytes
         seconds = now - loading.begun
-        if not (arrived or late):
-            return
-        self._compare("load", loading.predicted_s, seconds)
         # Of several tiers it is the one that was expected to take longest; while nothing is known of it, the drive.
         slowest = max(loading.queued, key=lambda tier: self._expected_s(tier, loading.queued[tier]))
+        if not (arrived or late):
+            return slowest
+        self._compare("load", loading.predicted_s, seconds)
         probing = self._probing.get(slowest)
         if arrived:
             self._suspects.discard(slowest)
@@ -288,6 +289,7 @@ class Estimates:
             seconds = GIVEN_UP * max(seconds, probing.whole_s if probing is not None else 0.0)
         self._end_probe(now, probing, seconds)
         self._load[slowest].observe(seconds, loading.queued[slowest], 1.0)
+        return slowest
 
     def _end_probe(self, now: float, probing: Probing | None, seconds: float) -> None:
         if probing is not None and PROBE_GROWS * seconds < probing.whole_s:

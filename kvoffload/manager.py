@@ -131,6 +131,15 @@ class BlockManager:
             SSD: (self._ssd_slots - sum(drive.pool.free() for drive in self._drives), self._ssd_slots),
         }
 
+    def queues(self) -> dict[str, int]:
+        """Blocks in flight, and those that wait to be written to the SSD."""
+        return {
+            "load": len(self._loads),
+            "store": len(self._stores),
+            "demotion": len(self._demotions),
+            "demotion_waiting": len(self._index.dirty),
+        }
+
     def drive_states(self) -> Iterable[tuple[tuple[str, str], BreakerState]]:
         """By drive and direction."""
         return self._drives.states()

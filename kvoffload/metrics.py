@@ -4,13 +4,36 @@ Counters are kept by whoever sees the event, under (name, label values...), and 
 them. vLLM registers and exports them; see kvoffload/vllm/spec.py.
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
+
+from kvoffload.types import OpKind, Tier
 
 
 class Metric(NamedTuple):
-    kind: str  # "counter" or "gauge"
+    kind: str  # "counter", "gauge" or "histogram"
     help: str
     labels: tuple[str, ...] = ()
+
+
+# Seconds. From a block out of DRAM to a load at its deadline.
+BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# Of the labels whose values are known before anything happened.
+VALUES = {
+    "tier": tuple(tier.value for tier in Tier),
+    "direction": tuple(kind.name.lower() for kind in OpKind),
+    "activity": ("load", "prefill"),
+    "deadline": ("operation", "request"),
+}
+
+
+def zeros() -> Iterator[tuple[str, ...]]:
+    """Counters, with label values, that are exported as 0 from the start: of a series that is not there no rate can be told from
+    none, and its first increase is lost."""
+    for name, metric in METRICS.items():
+        if metric.kind == "counter" and set(metric.labels) <= VALUES.keys():
+            yield from ((name, *values) for values in product(*(VALUES[label] for label in metric.labels)))
 
 
 METRICS = {
@@ -19,6 +42,10 @@ METRICS = {
     "kvoffload_hit_blocks_total": Metric(
         "counter", "Blocks whose load was started for a request, by the tier they were in.", ("tier",)
     ),
+    "kvoffload_hit_tokens_total": Metric(
+        "counter", "Prompt tokens that requests set out to load, by the tier they were in; from vLLM 0.31 on.", ("tier",)
+    ),
+    "kvoffload_missed_tokens_total": Metric("counter", "Prompt tokens that were neither in GPU memory nor loaded."),
     "kvoffload_missed_lookups_total": Metric("counter", "Lookups of a block, repeated ones too, that was in no tier."),
     "kvoffload_stored_blocks_total": Metric("counter", "Blocks accepted into DRAM slots."),
     "kvoffload_dropped_stores_total": Metric("counter", "Blocks not stored because no slot was free."),
@@ -46,6 +73,11 @@ METRICS = {
     ),
     "kvoffload_evictions_total": Metric("counter", "Blocks evicted from the tier.", ("tier",)),
     "kvoffload_load_failures_total": Metric("counter", "Blocks that could not be loaded and were recomputed."),
+    "kvoffload_load_seconds": Metric(
+        "histogram", "Loads of a request, from asking to having all of it, those that failed too, by the slowest tier.", ("tier",)
+    ),
+    "kvoffload_queued_blocks": Metric("gauge", "Blocks in flight or waiting for it.", ("queue",)),
+    # queue: load, store (out of the KV cache), demotion (to the SSD), demotion_waiting
     "kvoffload_load_decisions_total": Metric(
         "counter", "Requests of which something could have been loaded, by what was decided and why.", ("decision", "reason")
     ),  # decision: load, part, recompute; reason: faster, learning, probe, asked
@@ -65,6 +97,12 @@ METRICS = {
     "kvoffload_transfer_seconds_total": Metric(
         "counter", "Sum over transfers of the time from submission to completion, all ranks.", ("direction",)
     ),
+    "kvoffload_transfer_latency_seconds": Metric(
+        "histogram", "Transfers of a block, from submission to completion, all ranks.", ("direction",)
+    ),
+    "kvoffload_deadlines_missed_total": Metric(
+        "counter", "Transfers that were not done in time, all ranks.", ("direction", "deadline")
+    ),  # deadline: operation (what any drive or GPU is given), request (it would rather recompute)
     "kvoffload_transfer_failures_total": Metric(
         "counter", "Transfers that failed, all ranks, by errno name.", ("direction", "reason")
     ),

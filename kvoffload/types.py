@@ -139,6 +139,7 @@ class TransferReport:
     failed: dict[int, dict[BlockKey, int]] = field(default_factory=dict)  # transfer id -> its failed blocks -> errno
     attach_error: str = ""  # why a rank could not open its slot files
     counters: dict[tuple[str, ...], float] = field(default_factory=dict)  # (name, label values...) -> increase
+    latencies: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds of each transfer
 
     def __bool__(self) -> bool:
         return bool(self.demoted or self.failed or self.attach_error or self.counters)
@@ -153,3 +154,5 @@ class TransferReport:
         self.attach_error = self.attach_error or other.attach_error
         for name, increase in other.counters.items():
             self.counters[name] = self.counters.get(name, 0) + increase
+        for direction, seconds in other.latencies.items():
+            self.latencies.setdefault(direction, []).extend(seconds)

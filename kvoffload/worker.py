@@ -304,7 +304,11 @@ class Worker:
         else:
             self._counters["kvoffload_transfer_bytes_total", direction] += pending.nbytes
             self._counters["kvoffload_transfer_seconds_total", direction] += seconds
+            self._report.latencies.setdefault(direction, []).append(seconds)
         job = pending.job
+        if error == errno.ETIMEDOUT:
+            deadline = "request" if job is not None and job.is_urgent else "operation"
+            self._counters["kvoffload_deadlines_missed_total", direction, deadline] += 1
         if job is None:
             self._report.demoted[pending.demotion] = 1
             if error:

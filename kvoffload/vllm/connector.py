@@ -113,7 +113,7 @@ class KVOffloadConnector(OffloadingConnector):
         super().on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        self._manager.lift_limit(request)
+        self._manager.lift_limit(request, num_computed_tokens)
         found = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if found[0] and self._manager.limit_load(request, num_computed_tokens, found[0]):
             return super().get_num_new_matched_tokens(request, num_computed_tokens)

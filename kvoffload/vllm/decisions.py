@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +35,9 @@ class Loads:
     """What was decided about a request, and its load in flight. In vLLM's own context of it."""
 
     decision: Decision | None = None
+    parts: list[Part] = field(default_factory=list)  # that it was about
+    computed: int = 0  # tokens that were in GPU memory
+    end: int = 0  # of what is loaded, of a whole block; 0: nothing was found
     counted: bool = False
     is_warned: bool = False  # of a wish that is none
     loading: Loading | None = None
@@ -51,6 +54,7 @@ class Decisions:
         self._estimates = Estimates(counters)
         self._requests: dict[str, Request] = {}  # those that have not ended
         self._prefilling: dict[str, Prefilling] = {}
+        self.load_seconds: dict[Tier, list[float]] = {}  # since they were exported last, by the slowest tier
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
@@ -65,13 +69,15 @@ class Decisions:
         for tier, stretch in groupby(blocks, key=lambda block: block[1]):
             ends = [end for end, _ in stretch]
             parts.append(Part(ends[-1], tier, len(ends) * self._block_bytes))
+        loads.parts = parts
         decision = self._wished(request, loads, computed, parts)
         if decision is None:
             before = loads.decision
             if before is not None and before.why is Why.PROBE and not loads.counted and computed < before.end <= parts[-1].end:
-                return before
-            decision = self._estimates.decide(time.monotonic(), computed, request.num_tokens, parts)
-        loads.decision = decision
+                decision = before
+            else:
+                decision = self._estimates.decide(time.monotonic(), computed, request.num_tokens, parts)
+        loads.decision, loads.end = decision, decision.end
         return decision
 
     def _wished(self, request: "Request", loads: Loads, computed: int, parts: list[Part]) -> Decision | None:
@@ -87,11 +93,19 @@ class Decisions:
             )  # fmt: skip
         return None
 
-    def count(self, loads: Loads) -> None:
+    def count(self, request: "Request", loads: Loads) -> None:
         """Once for a request, when it is given its KV blocks: until then vLLM may ask, and we decide, again and again."""
-        if loads.decision is not None and not loads.counted:
-            loads.counted = True
+        if loads.counted:
+            return
+        loads.counted = True
+        reached = loads.computed
+        if loads.decision is not None:
             self._counters["kvoffload_load_decisions_total", loads.decision.kind.value, loads.decision.why.value] += 1
+            for part in loads.parts:
+                end = max(reached, min(part.end, loads.end))
+                self._counters["kvoffload_hit_tokens_total", part.tier.value] += end - reached
+                reached = end
+        self._counters["kvoffload_missed_tokens_total",] += max(0, request.num_prompt_tokens - reached)
 
     # -- learning ----------------------------------------------------------------------------------------------
 
@@ -109,7 +123,8 @@ class Decisions:
         now = time.monotonic()
         out_of_patience = loads.patience_s is not None and now - loads.loading.begun >= loads.patience_s  # be it for the GPU
         late = out_of_patience or any(error in LATE for error in errors) or set(errors) == {errno.ECANCELED}
-        self._estimates.end_load(now, loads.loading, not errors, late)
+        slowest = self._estimates.end_load(now, loads.loading, not errors, late)
+        self.load_seconds.setdefault(slowest, []).append(now - loads.loading.begun)
         loads.loading = None
 
     def forget_loads(self) -> None:

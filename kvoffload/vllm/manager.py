@@ -33,6 +33,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.estimates import Kind
 from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager, NoJournal
+from kvoffload.metrics import zeros
 from kvoffload.store import DriveWear, Store
 from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
 from kvoffload.vllm import contract
@@ -101,6 +102,7 @@ class ManagerAdapter(OffloadingManager):
         self._contexts: dict[str, ReqContext] = {}  # of requests that have not ended
         self._life = b""
         self._reported: dict[tuple[str, ...], float] = {}
+        self._latencies: dict[str, list[float]] = {}  # of transfers since they were exported last, by direction
         self._core = BlockManager(0, 0, 1, NoJournal())
         self._decisions = Decisions(self._core.counters, 0)
         self._block_bytes = 0
@@ -199,9 +201,10 @@ class ManagerAdapter(OffloadingManager):
     def _loadable_from(self, own_key: BlockKey, req_context: ReqContext) -> Tier | None:
         return next((tier for tier in self._core.tiers(own_key) if contract.may_load_from(tier, req_context)), None)
 
-    def lift_limit(self, request: "Request") -> None:
-        """The request is about to be looked up."""
-        self._notes(self._contexts[request.request_id]).limit = None
+    def lift_limit(self, request: "Request", computed: int) -> None:
+        """The request is about to be looked up; so much of it is in GPU memory."""
+        notes = self._notes(self._contexts[request.request_id])
+        notes.limit, notes.loads.computed, notes.loads.end = None, computed, 0
 
     def limit_load(self, request: "Request", computed: int, matched: int) -> bool:
         """Decides how much is loaded of the `matched` tokens that lookups found after `computed`. True: less than that, and
@@ -224,12 +227,13 @@ class ManagerAdapter(OffloadingManager):
         if decision.kind is Kind.LOAD:  # also what follows the last whole block: of a model with windows, all but one token
             return False
         end = next(position for position, _ in [(computed, None), *found] if position >= decision.end)  # of a whole block
+        notes.loads.end = end
         notes.limit = end if end < computed + matched else None
         return notes.limit is not None
 
     def note_scheduled(self, request: "Request") -> None:
         """The request has its KV blocks: what was decided is done."""
-        self._decisions.count(self._notes(self._contexts[request.request_id]).loads)
+        self._decisions.count(request, self._notes(self._contexts[request.request_id]).loads)
 
     def note_step(self, step: "SchedulerOutput") -> None:
         self._decisions.begin_step(step)
@@ -362,11 +366,16 @@ class ManagerAdapter(OffloadingManager):
             logger.error("kvoffload: the SSD tier is off: %s", report.attach_error)
             self._core.disable_ssd()
         self._core.counters.update(report.counters)
+        for direction, seconds in report.latencies.items():
+            self._latencies.setdefault(direction, []).extend(seconds)
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         if not self._settings.enabled:
             return None
         stats = OffloadingConnectorStats()
+        if not self._reported:
+            for name, *labels in zeros():
+                stats.increase_counter(name, 0, tuple(labels))
         for (name, *labels), value in self._core.counters.items():
             increase = value - self._reported.get((name, *labels), 0)
             if increase:
@@ -376,6 +385,14 @@ class ManagerAdapter(OffloadingManager):
             if self._reported.get((name, *labels)) != value:
                 stats.set_gauge(name, value, tuple(labels))
                 self._reported[name, *labels] = value
+        for name, found in (
+            ("kvoffload_transfer_latency_seconds", self._latencies),
+            ("kvoffload_load_seconds", self._decisions.load_seconds),
+        ):
+            for label, seconds in found.items():
+                for second in seconds:
+                    stats.observe_histogram(name, second, (str(label),))
+            found.clear()
         return None if stats.is_empty() else stats
 
     def _gauges(self) -> Iterable[tuple[tuple[str, ...], float]]:
@@ -383,6 +400,8 @@ class ManagerAdapter(OffloadingManager):
             if tier is Tier.SSD or self._core.dram_is_tier:  # bounce slots are no tier
                 yield ("kvoffload_used_bytes", tier.value), used * self._block_bytes
                 yield ("kvoffload_capacity_bytes", tier.value), capacity * self._block_bytes
+        for queue, blocks in self._core.queues().items():
+            yield ("kvoffload_queued_blocks", queue), blocks
         yield from self._decisions.gauges()
         if self._store is None:
             return

@@ -1,11 +1,13 @@
 """What vLLM's offloading asks of a storage medium: an `OffloadingSpec` that gives it our manager and worker halves."""
 
+from functools import partial
 from typing import Any
 
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     OffloadingCounterMetadata,
     OffloadingGaugeMetadata,
+    OffloadingHistogramMetadata,
     OffloadingManager,
     OffloadingMetricMetadata,
     OffloadingSpec,
@@ -14,7 +16,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvoffload.config import Config
-from kvoffload.metrics import METRICS
+from kvoffload.metrics import BUCKETS, METRICS
 from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.manager import ManagerAdapter
 from kvoffload.vllm.worker import OffWorker, open_worker
@@ -35,11 +37,12 @@ class KVOffloadSpec(OffloadingSpec):
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
-        kinds = {"counter": OffloadingCounterMetadata, "gauge": OffloadingGaugeMetadata}
-        return {
-            name: kinds[metric.kind](documentation=metric.help, labelnames=metric.labels)
-            for name, metric in METRICS.items()
+        kinds = {
+            "counter": OffloadingCounterMetadata,
+            "gauge": OffloadingGaugeMetadata,
+            "histogram": partial(OffloadingHistogramMetadata, buckets=BUCKETS),
         }
+        return {name: kinds[metric.kind](documentation=metric.help, labelnames=metric.labels) for name, metric in METRICS.items()}
 
     def __init__(self, config: OffloadingConfig):
         super().__init__(config)

@@ -29,7 +29,9 @@ def clock(monkeypatch) -> Clock:
 
 
 def ask(name: str = "r", **params) -> SimpleNamespace:
-    return SimpleNamespace(request_id=name, num_tokens=TOKENS, num_output_tokens=1, kv_transfer_params=params or None)
+    return SimpleNamespace(
+        request_id=name, num_tokens=TOKENS, num_prompt_tokens=TOKENS, num_output_tokens=1, kv_transfer_params=params or None
+    )
 
 
 def step(new=(), cached=None, preempted=None) -> SimpleNamespace:
@@ -92,7 +94,7 @@ def test_a_load_that_takes_longer_than_computing_is_not_promised_and_one_that_do
     manager.note_scheduled(ask())
     for _ in range(10):
         loaded(manager, clock, 0.01)
-    manager.lift_limit(ask())
+    manager.lift_limit(ask(), 0)
     assert not manager.limit_load(ask(), 0, TOKENS)
     assert all(hits(manager, context, keys))
     assert decided(manager) == {("recompute", "faster"): 1}, "vLLM asks again and again, and is given blocks once"
@@ -106,6 +108,38 @@ def test_a_part_that_is_loaded_ends_with_a_block(clock):
     clock.now += 1e4  # past the pause: a small part shows whether it is as slow as it was
     assert manager.limit_load(ask(), 0, TOKENS)
     assert hits(manager, context, keys) == [True] + [False] * (BLOCKS - 1)
+
+
+def tokens(manager) -> dict[str, float]:
+    counters = manager._core.counters
+    return {"hit": counters["kvoffload_hit_tokens_total", "dram"], "missed": counters["kvoffload_missed_tokens_total",]}
+
+
+def test_prompt_tokens_are_counted_once_as_hit_or_missed_whatever_was_asked_before(clock):
+    manager, context, keys = held(clock)
+    for _ in range(2):
+        manager.lift_limit(ask(), 32)
+        assert not manager.limit_load(ask(), 32, TOKENS - 32)
+    for _ in range(2):
+        manager.note_scheduled(ask())
+    assert tokens(manager) == {"hit": TOKENS - 32, "missed": 0}
+
+
+def test_tokens_that_are_not_worth_loading_or_are_gone_are_missed(clock):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 5.0)
+    manager.lift_limit(ask(), 0)
+    assert manager.limit_load(ask(), 0, TOKENS)
+    clock.now += 1e4
+    manager.lift_limit(ask(), 0)
+    assert manager.limit_load(ask(), 0, TOKENS)  # a probe, of one block
+    manager.note_scheduled(ask())
+    assert tokens(manager) == {"hit": 32, "missed": TOKENS - 32}
+    request(manager, "s", BLOCKS)
+    manager.lift_limit(ask("s"), 0)
+    manager.note_scheduled(ask("s"))
+    assert tokens(manager) == {"hit": 32, "missed": 2 * TOKENS - 32}
 
 
 @pytest.mark.parametrize(("wish", "hit"), [("load", True), ("recompute", False)])
@@ -195,7 +229,7 @@ def test_a_request_that_is_to_probe_and_has_to_wait_stays_at_it(clock):
     assert manager.limit_load(ask(), 0, TOKENS)
     clock.now += 1e4
     for _ in range(3):  # there are no KV blocks for it yet
-        manager.lift_limit(ask())
+        manager.lift_limit(ask(), 0)
         assert manager.limit_load(ask(), 0, TOKENS)
         assert hits(manager, context, keys) == [True] + [False] * (BLOCKS - 1)
     manager.note_scheduled(ask())

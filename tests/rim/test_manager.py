@@ -266,6 +266,37 @@ def test_a_drives_state_is_exported_by_its_number_when_it_changes(tmp_path):
     manager.shutdown()
 
 
+def test_counters_are_there_from_the_start_and_series_of_failures_are_not():
+    manager = adapter()
+    found = manager.get_stats().data["data"]
+    assert found["kvoffload_hit_blocks_total"] == {("dram",): 0, ("ssd",): 0}
+    assert len(found["kvoffload_deadlines_missed_total"]) == 8
+    assert found["kvoffload_load_failures_total"] == {(): 0}
+    assert "kvoffload_transfer_failures_total" not in found
+    assert manager.get_stats() is None
+
+
+def test_what_every_rank_reports_is_one_histogram_and_queues_are_gauges():
+    manager = adapter()
+    manager.get_stats()
+    both = TransferReport(latencies={"read": [0.5]})
+    both.add(TransferReport(latencies={"read": [0.25], "write": [1.0]}))
+    manager.take_in(both)
+    context, keys = request(manager, "r", 4)
+    output = manager.prepare_store(keys, context)
+    stats = manager.get_stats().data
+    assert stats["types"]["kvoffload_transfer_latency_seconds"] == "histogram"
+    assert stats["data"]["kvoffload_transfer_latency_seconds"] == {("read",): [0.5, 0.25], ("write",): [1.0]}
+    assert stats["data"]["kvoffload_queued_blocks"] == {("store",): 4}
+    manager.complete_store(set(output.keys_to_store), context)
+    manager.prepare_load(keys, context)
+    assert manager.get_stats().data["data"]["kvoffload_queued_blocks"] == {("store",): 0, ("load",): 4}
+    manager.complete_load(keys, context)
+    found = manager.get_stats().data["data"]
+    assert len(found["kvoffload_load_seconds"]["dram",]) == 1
+    assert "kvoffload_transfer_latency_seconds" not in found
+
+
 def test_writes_stay_within_the_budget_and_its_metrics_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr("kvoffload.store.wear.find_nvme", lambda: None)
     block = slot_bytes(PAYLOAD)

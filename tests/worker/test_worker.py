@@ -237,6 +237,7 @@ def test_a_copy_that_waits_too_long_for_the_gpu_is_not_held_against_the_drive():
     report = worker.take_report()
     assert report.failed == {TRANSFER: {key(0): errno.EREMOTEIO, key(1): errno.EREMOTEIO}}
     assert report.counters["kvoffload_transfer_failures_total", "copy_in", "ETIMEDOUT"] == 2
+    assert report.counters["kvoffload_deadlines_missed_total", "copy_in", "operation"] == 2
 
 
 class SlowEngine(DeafEngine):
@@ -271,7 +272,10 @@ def test_a_load_that_waits_behind_another_is_not_held_against_a_drive_that_answe
     engine.ended = {engine.ids[0]: errno.ETIMEDOUT, engine.ids[1]: errno.ECANCELED}
     worker.poll()
     assert worker.take_finished() == [(2, False)]
-    assert worker.take_report().failed == {TRANSFER + 1: {key(0): error}}
+    report = worker.take_report()
+    assert report.failed == {TRANSFER + 1: {key(0): error}}
+    assert report.counters["kvoffload_deadlines_missed_total", "read", "request"] == 1
+    assert len(report.latencies.get("read", [])) == answered
 
 
 def test_of_several_ranks_words_on_a_demotion_lateness_stays():
