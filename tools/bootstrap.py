@@ -137,6 +137,22 @@ def install_system_packages(missing: list[str]) -> None:
                 say(f"apt-get could not install {package}")
 
 
+def take_prometheus() -> None:
+    """prometheus and promtool for the tests, out of Debian's package. It is not installed: that would start a server."""
+    wanted = [name for name in ("prometheus", "promtool") if not (VENV / "bin" / name).exists()]
+    if not wanted or shutil.which("apt-get") is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for prepare in ("true", "apt-get update"):
+            subprocess.run(f"{prepare} && apt-get download prometheus", shell=True, cwd=folder, capture_output=True, check=False)
+            for package in Path(folder).glob("prometheus_*.deb"):
+                run("dpkg-deb", "-x", package, Path(folder, "unpacked"))
+                for name in wanted:
+                    shutil.copy2(Path(folder, "unpacked", "usr", "bin", name), VENV / "bin" / name)
+                return
+    say("apt-get could not download prometheus: the tests of docs/monitoring want it on the PATH")
+
+
 def make_venv() -> None:
     if not PYTHON.exists():
         say(f"making {VENV.name} with {sys.executable}")
@@ -220,6 +236,7 @@ def main() -> None:
     make_venv()
     Stamp("system", digest(sys.version)).write()
     install_pins()
+    take_prometheus()
     build_extension()
 
 

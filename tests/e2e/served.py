@@ -62,12 +62,12 @@ class Server:
 
 
 @contextmanager
-def served(model: Path, log: Path, *flags: object, env: dict[str, str] | None = None) -> Iterator[Server]:
+def served(model: Path, log: Path, *flags: object, env: dict[str, str] | None = None, ranks: int = 1) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(COMMAND), "serve", str(model), "--port", str(port), *SMALL, *map(str, flags)]
-    environment = {**child_environment(1), **(env or {})}
+    environment = {**child_environment(ranks), **(env or {})}
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
