@@ -4,11 +4,15 @@ import sys
 
 import typer
 
+from kvoffload.cli.clean import clean
+from kvoffload.cli.inspect import inspect
 from kvoffload.cli.simulate import simulate
+from kvoffload.cli.verify import verify
 from kvoffload.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command()(simulate)
+for command in (simulate, inspect, verify, clean):
+    app.command()(command)
 
 
 @app.callback()
