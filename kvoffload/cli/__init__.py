@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from kvoffload.cli.bench import bench
 from kvoffload.cli.clean import clean
 from kvoffload.cli.inspect import inspect
 from kvoffload.cli.simulate import simulate
@@ -11,7 +12,7 @@ from kvoffload.cli.verify import verify
 from kvoffload.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (simulate, inspect, verify, clean):
+for command in (simulate, inspect, verify, clean, bench):
     app.command()(command)
 
 

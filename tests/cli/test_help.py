@@ -2,7 +2,7 @@
 
 import pytest
 
-COMMANDS = ("inspect", "verify", "clean")
+COMMANDS = ("inspect", "verify", "clean", "bench")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
