@@ -25,10 +25,10 @@ from benchmarks import report
 from benchmarks.report import Cell
 from benchmarks.rows import fio
 from benchmarks.rows.base import Place, Row, RowError, Sample, make_file, settle
-from benchmarks.rows.engine import EngineRow
 from benchmarks.rows.loop import LoopRow
 from benchmarks.rows.reference import ReferenceRow
 from benchmarks.rows.vllm_fs import VllmFsRow
+from kvoffload.cli.passes import EngineRow
 
 SIZES_KIB = (64, 512, 2048, 4096, 16384)
 CHECKED_SLOTS = 16

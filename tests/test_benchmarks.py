@@ -8,8 +8,8 @@ import pytest
 from benchmarks import bench_drive
 from benchmarks.rows import fio
 from benchmarks.rows.base import PAGE, Place, RowError, make_file
-from benchmarks.rows.engine import EngineRow
 from benchmarks.rows.loop import LoopRow
+from kvoffload.cli.passes import EngineRow
 from tests.engine.world import has_io_uring
 
 SLOTS = 64

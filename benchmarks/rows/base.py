@@ -1,66 +1,18 @@
 """What the rows of the drive benchmark have in common: where they work, what they write, what they report."""
 
-import ctypes
-import functools
 import mmap
 import os
-import resource
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 
-PAGE = 4096
+from kvoffload.cli.passes import PAGE, Place, RowError, Sample, Stopwatch, content, pool, settle
+
+__all__ = ["PAGE", "Place", "RowError", "Sample", "Stopwatch", "content", "pool", "settle"]  # shared with `kvoffload bench`
+
 HUGE_PAGE = 2 * 2**20
-CONTENTS = 4096
-
-
-class RowError(Exception):
-    """A row cannot be measured, or delivered other bytes than were stored; one sentence."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where slots of one size are measured."""
-
-    folder: Path
-    medium: str  # "drive", or "tmpfs", where nothing asks for O_DIRECT by itself
-    slot_bytes: int
-    slots: int
-    memory_bytes: int  # of buffers, for each row
-    depths: dict[str, int] = field(default_factory=lambda: {"write": 16, "read": 16})
-    """What is outstanding at once where latency is measured; fio chooses it."""
-
-    @property
-    def file(self) -> Path:
-        """One for all rows that keep slots in one file: where a file lies on a drive decides up to a fifth of its rate."""
-        return self.folder / "shared.slots"
-
-    @property
-    def buffers(self) -> int:
-        return max(2, min(self.slots, self.memory_bytes // self.slot_bytes))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One pass over the slots in one direction."""
-
-    nbytes: int  # of whole slots
-    seconds: float
-    cpu_seconds: float
-    p50_ms: float
-    p99_ms: float
-
-    @property
-    def gb_per_s(self) -> float:
-        return self.nbytes / self.seconds / 1e9
-
-    @property
-    def cpu_s_per_gib(self) -> float:
-        return self.cpu_seconds / (self.nbytes / 2**30)
 
 
 def make_file(place: Place) -> None:
@@ -94,45 +46,6 @@ class Row(Protocol):
 
     def close(self) -> None:
         """May be called at any time, and twice."""
-
-
-class Stopwatch:
-    """Wall clock and CPU time (user and system, of all threads of this process, the kernel's io_uring workers too)."""
-
-    def __enter__(self) -> Self:
-        self._cpu, self._wall = self._cpu_now(), time.perf_counter()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.seconds = time.perf_counter() - self._wall
-        self.cpu_seconds = self._cpu_now() - self._cpu
-
-    @staticmethod
-    def _cpu_now() -> float:
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return usage.ru_utime + usage.ru_stime
-
-    def sample(self, nbytes: int, latencies_ms: np.ndarray) -> Sample:
-        p50, p99 = np.percentile(latencies_ms, (50, 99))
-        return Sample(nbytes, self.seconds, self.cpu_seconds, float(p50), float(p99))
-
-
-def settle(folder: Path) -> None:
-    """Waits until metadata and dirty pages of one row are written, so that they are not written at another's cost."""
-    fd = os.open(folder, os.O_RDONLY)
-    ctypes.CDLL(None).syncfs(fd)
-    os.close(fd)
-
-
-@functools.cache
-def pool(largest: int) -> np.ndarray:
-    """Random bytes in which content c, of at most `largest` bytes, begins at page c."""
-    return np.random.default_rng(0).integers(0, 256, CONTENTS * PAGE + largest, dtype=np.uint8)
-
-
-def content(number: int, nbytes: int) -> np.ndarray:
-    start = number % CONTENTS * PAGE
-    return pool(16 * 2**20)[start : start + nbytes]
 
 
 class HugeBuffers:

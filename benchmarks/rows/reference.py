@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rows.base import Place, Sample
-from benchmarks.rows.engine import FINGERPRINT, EngineRow
+from kvoffload.cli.passes import FINGERPRINT, EngineRow
 from kvoffload.engine.reference import ReferenceEngine, pack_superblock
 from kvoffload.types import EngineOptions
 

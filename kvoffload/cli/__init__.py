@@ -4,18 +4,23 @@ import sys
 
 import typer
 
+from kvoffload.cli.bench import bench
+from kvoffload.cli.clean import clean
+from kvoffload.cli.inspect import inspect
 from kvoffload.cli.serve import SETTINGS, serve
 from kvoffload.cli.simulate import simulate
+from kvoffload.cli.verify import verify
 from kvoffload.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command(context_settings=SETTINGS, options_metavar="MODEL [OPTIONS] [any vllm serve flag]")(serve)
-app.command()(simulate)
+for command in (simulate, inspect, verify, clean, bench):
+    app.command()(command)
 
 
 @app.callback()
 def about() -> None:
-    """KV-cache offloading for vLLM: tools beside the server."""
+    """KV-cache offloading for vLLM: the server, and tools beside it."""
 
 
 def main() -> None:

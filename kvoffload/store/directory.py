@@ -35,6 +35,15 @@ def explain(path: str, error: OSError) -> StoreError:
     return StoreError(f"{path} cannot be used ({error.strerror}): check the drive or name another nvme_path")
 
 
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """What the operating system refuses meanwhile becomes the user's sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(path, error) from error
+
+
 def _refuse_other_owner(path: str, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid():
         raise StoreError(
@@ -56,14 +65,20 @@ def _set_mode(path: str, fd: int, found: os.stat_result, mode: int) -> None:
 
 
 class Directory:
-    """An open directory of ours. Not for use by several threads at once, except `replace` of different names."""
+    """An open directory of ours. Not for use by several threads at once, except `replace` of different names.
 
-    def __init__(self, path: str, fd: int) -> None:
+    One that is only looked at changes nothing by being opened, nor does what is opened below it: modes stay as they are
+    found, and the times at which files were last read do too.
+    """
+
+    def __init__(self, path: str, fd: int, only_look: bool = False) -> None:
         self.path = path
         self.fd = fd
+        self._only_look = only_look
+        self._unseen = os.O_NOATIME if only_look else 0
 
     @classmethod
-    def open(cls, path: str) -> Self:
+    def open(cls, path: str, only_look: bool = False) -> Self:
         """Open an nvme_path: a real directory that belongs to this user or to root, as mount points do."""
         try:
             found = os.lstat(path)
@@ -73,7 +88,7 @@ class Directory:
             raise StoreError(f"nvme_path {path} is a symbolic link, which is never followed: name its target instead")
         if not stat.S_ISDIR(found.st_mode):
             raise StoreError(f"nvme_path {path} is not a directory: name a directory")
-        directory = cls(path, os.open(path, _DIRECTORY_FLAGS))
+        directory = cls(path, os.open(path, _DIRECTORY_FLAGS), only_look)
         owner = os.fstat(directory.fd).st_uid
         if owner not in (os.geteuid(), 0):
             directory.close()
@@ -110,8 +125,9 @@ class Directory:
             try:
                 found = os.fstat(place)
                 _refuse_other_owner(path, found)
-                _set_mode(path, place, found, DIRECTORY_MODE)
-                return Directory(path, os.open(".", _DIRECTORY_FLAGS, dir_fd=place))
+                if not self._only_look:
+                    _set_mode(path, place, found, DIRECTORY_MODE)
+                return Directory(path, os.open(".", _DIRECTORY_FLAGS | self._unseen, dir_fd=place), self._only_look)
             finally:
                 os.close(place)
 
@@ -120,7 +136,7 @@ class Directory:
         with self.located(name) as path:
             try:
                 # O_NONBLOCK: a fifo of that name must not stop us before we can see that it is one.
-                fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, FILE_MODE, dir_fd=self.fd)
+                fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | self._unseen, FILE_MODE, dir_fd=self.fd)
             except OSError as error:
                 if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                     raise
@@ -133,7 +149,8 @@ class Directory:
                 if found.st_nlink > 1:
                     # What is written here would land in a file that may be none of ours.
                     raise StoreError(f"{path} has a second name (a hard link), by which others may reach it: remove it")
-                _set_mode(path, fd, found, FILE_MODE)
+                if not self._only_look:
+                    _set_mode(path, fd, found, FILE_MODE)
             except (OSError, StoreError):
                 os.close(fd)
                 raise

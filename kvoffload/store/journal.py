@@ -81,6 +81,7 @@ class Index:
     def __init__(self) -> None:
         self._blocks: dict[BlockKey, tuple[int, int, int]] = {}  # slot, generation, group; in order of recency
         self._owners: dict[int, BlockKey] = {}
+        self.touches = 0  # uses followed so far
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -102,6 +103,7 @@ class Index:
             if before is None:
                 return False
             blocks[key] = before
+            self.touches += 1
         elif kind == _DELETE:
             before = blocks.pop(key, None)
             if before is None:
@@ -230,8 +232,18 @@ def _good_records(body: bytes) -> np.ndarray:
     )
 
 
-def load(directory: Directory, fingerprint: bytes, slot_count: int) -> tuple[Index, int] | None:
-    """The index and the epoch the journal tells of; None if there is no journal, StoreError if it is no use.
+class Journal(NamedTuple):
+    """A journal as it lies on disk."""
+
+    epoch: int
+    index: Index
+    skipped: int  # damaged records before good ones
+    tail_bytes: int  # behind the last good record: torn, damaged or being written
+    good_bytes: int  # before that, without the header
+
+
+def read(directory: Directory, fingerprint: bytes, slot_count: int) -> Journal | None:
+    """None if there is no journal, StoreError if it is no use.
 
     slot_count: what the journal was kept for, which bounds its size. A tail that is torn or damaged is what a kill
     leaves behind: the records before it count.
@@ -248,14 +260,23 @@ def load(directory: Directory, fingerprint: bytes, slot_count: int) -> tuple[Ind
                 f"journal {path} is damaged ({size} bytes, but one of {slot_count} slots never exceeds {most}): {REMEDY}"
             )
         body = file.read(most)
-    index, good, skipped = replay(body)
-    if skipped:
-        logger.warning("journal %s has %d damaged records, which are skipped", path, skipped)
-    if good != len(body):
+    found = replay(body)
+    return Journal(epoch, found.index, found.skipped, len(body) - found.used_bytes, found.used_bytes)
+
+
+def load(directory: Directory, fingerprint: bytes, slot_count: int) -> tuple[Index, int] | None:
+    """The index and the epoch of a journal that is about to be used (see `read`), with a warning for what of it is not."""
+    found = read(directory, fingerprint, slot_count)
+    if found is None:
+        return None
+    path = os.path.join(directory.path, NAME)
+    if found.skipped:
+        logger.warning("journal %s has %d damaged records, which are skipped", path, found.skipped)
+    if found.tail_bytes:
         logger.warning(
             "journal %s ends in %d bytes that are torn or damaged: the %d records before them are used",
             path,
-            len(body) - good,
-            good // RECORD_BYTES - skipped,
+            found.tail_bytes,
+            found.good_bytes // RECORD_BYTES - found.skipped,
         )
-    return index, epoch
+    return found.index, found.epoch

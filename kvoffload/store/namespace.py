@@ -26,7 +26,7 @@ OWN_DIRECTORIES = 2  # between an nvme_path and a namespace's files: that one, a
 ROOT_LOCK = ".lock"
 LOCK = "lock"
 MANIFEST = "manifest.json"
-_MANIFEST_BYTES_MAX = 1 << 20
+MANIFEST_BYTES_MAX = 1 << 20
 _FIELD_BYTES_MAX = 8192  # of the identity in a manifest, which is a part of every namespace's NAMESPACE_BYTES
 _REASON_MAX = 120
 _BYTES_MAX = 1 << 63  # no file system holds more
@@ -99,11 +99,11 @@ class Lock:
         self._held.add(self)
 
     @classmethod
-    def try_descriptor(cls, fd: int) -> Self | None:
+    def try_descriptor(cls, fd: int, operation: int = fcntl.LOCK_EX) -> Self | None:
         """Lock the open file `fd`, which is the lock's from now on; None, and `fd` closed, if another holds it."""
         lock = cls(fd)  # first: a child forked from now on must close it
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.release()
             return None
@@ -194,18 +194,22 @@ def is_namespace(root: Directory, name: str) -> bool:
 
 
 def is_held(directory: Directory) -> bool:
-    """Whether a live engine holds this namespace. Call with the root lock held, so that none can arrive meanwhile."""
-    return not _is_free(directory, LOCK)
+    """Whether a live engine holds this namespace. Call with the root lock held, so that none can arrive meanwhile.
+
+    Asked for by a shared lock, so that those who ask at the same time do not take each other for an engine: tools that only
+    look do so without the root lock.
+    """
+    return not is_free(directory, LOCK, fcntl.LOCK_SH, os.O_RDONLY)
 
 
-def _is_free(directory: Directory, name: str) -> bool:
-    """Whether nobody has a lock on the file `name` now; so too when there is none."""
+def is_free(directory: Directory, name: str, operation: int = fcntl.LOCK_EX, flags: int = os.O_RDWR) -> bool:
+    """Whether nobody has a lock on the file `name` now that `operation` would wait for; so too when there is none."""
     try:
-        fd = directory.open_file(name)
+        fd = directory.open_file(name, flags)
     except FileNotFoundError:
         return True
     with directory.located(name):
-        lock = Lock.try_descriptor(fd)
+        lock = Lock.try_descriptor(fd, operation)
     if lock is not None:
         lock.release()
     return lock is not None
@@ -218,7 +222,7 @@ def wait_unused(directory: Directory, name: str, deadline: float) -> None:
     """
     while True:
         try:
-            if _is_free(directory, name):
+            if is_free(directory, name):
                 return
         except StoreError:
             return  # something else has the name, and no worker attaches that
@@ -230,7 +234,7 @@ def wait_unused(directory: Directory, name: str, deadline: float) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-_OWN_FILES = re.compile(r"(manifest\.json|lock|index\.journal|rank\d+of\d+\.slots)(\.tmp)?")
+OWN_FILES = re.compile(r"(manifest\.json|lock|index\.journal|rank\d+of\d+\.slots)(\.tmp)?")
 
 
 def obsolete(root: Directory, keep: str) -> frozenset[str]:
@@ -241,7 +245,7 @@ def obsolete(root: Directory, keep: str) -> frozenset[str]:
             continue
         try:
             with root.child(name) as directory:
-                foreign = [file for file in directory.names() if not _OWN_FILES.fullmatch(file)]
+                foreign = [file for file in directory.names() if not OWN_FILES.fullmatch(file)]
                 if foreign:
                     logger.warning("obsolete namespace %s stays: %s in it is not kvoffload's", directory.path, foreign[0])
                 elif not is_held(directory):
@@ -270,7 +274,7 @@ def clean(root: Directory, names: Iterable[str]) -> bool:
 def remove(root: Directory, directory: Directory) -> None:
     """Remove a namespace's files and its directory; OSError, with the directory left, if it holds anything else."""
     # The journal comes first, for good: a namespace without one is empty, whatever else is left of it.
-    files = [file for file in directory.names() if _OWN_FILES.fullmatch(file)]
+    files = [file for file in directory.names() if OWN_FILES.fullmatch(file)]
     journals = [file for file in files if file.startswith("index.journal")]
     for file in journals:
         directory.remove(file)
@@ -302,7 +306,7 @@ class Manifest:
     @classmethod
     def read(cls, directory: Directory) -> Self | None:
         """None if there is no manifest; StoreError if there is one that can not be understood."""
-        data = directory.read(MANIFEST, _MANIFEST_BYTES_MAX)
+        data = directory.read(MANIFEST, MANIFEST_BYTES_MAX)
         if data is None:
             return None
         path = os.path.join(directory.path, MANIFEST)

@@ -4,14 +4,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..errors import StoreError
 from ..layout import SUPERBLOCK_BYTES
 from . import capacity, journal, namespace, slotfile
-from .directory import TEMPORARY_SUFFIX, Directory, explain
+from .directory import TEMPORARY_SUFFIX, Directory, explained
 from .journal import Index
 from .namespace import Identity, Lock, Manifest
 from .slotfile import REMEDY, Growth, Superblock
@@ -59,16 +59,16 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
         roots = _open_roots(config.nvme_path, meanwhile)
         # In one order for every engine, so that two that list the same paths differently can not deadlock.
         for root in sorted(roots, key=lambda root: root.path):
-            with _explained(root.path):
+            with explained(root.path):
                 meanwhile.callback(namespace.hold_root(root).release)
         directories, locks = [], []
         for root in roots:
-            with _explained(root.path):
+            with explained(root.path):
                 directory, lock = _hold(root, identity.namespace, on_failure)
                 directories.append(directory)
                 locks.append(lock)
         places = _places(directories, identity, payload_bytes, ranks)
-        with _explained(places[0].directory.path):
+        with explained(places[0].directory.path):
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
             obsolete = _obsolete(config, roots, identity)
@@ -96,25 +96,17 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
         )
 
 
-@contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise explain(path, error) from error
-
-
 def _open_roots(paths: Sequence[str], meanwhile: contextlib.ExitStack) -> list[Directory]:
     """Our directory below every path, made where it is missing, but only when every path may be used."""
     with contextlib.ExitStack() as parents:
         opened = []
         for path in paths:
-            with _explained(path):
+            with explained(path):
                 opened.append(parents.enter_context(Directory.open(path)))
         _refuse_aliases(opened)
         roots = []
         for parent in opened:
-            with _explained(parent.path):
+            with explained(parent.path):
                 roots.append(meanwhile.enter_context(parent.child(namespace.ROOT, create=True)))
     _refuse_aliases(roots)
     return roots
@@ -155,7 +147,7 @@ def _obsolete(config: Config, roots: Sequence[Directory], identity: Identity) ->
     """By path, the namespaces to be removed."""
     found: list[Set[str]] = []
     for root in roots:
-        with _explained(root.path):
+        with explained(root.path):
             found.append(namespace.obsolete(root, identity.namespace) if config.clean_obsolete_kv_cache else frozenset())
     return found
 
@@ -170,7 +162,7 @@ def _decide_slots(
 ) -> int:
     uses = []
     for root, names in zip(roots, obsolete, strict=True):
-        with _explained(root.path):
+        with explained(root.path):
             uses.append(capacity.measure(root, identity.namespace, names))
     return capacity.decide_slots(config.ssd_bytes, uses, geometry, sharers)
 

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import xxhash
 
@@ -34,6 +35,12 @@ class Superblock:
     @property
     def file_name(self) -> str:
         return f"rank{self.rank}of{self.ranks}.slots"
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Of bytes that `read` found sound."""
+        _, _, rank, ranks, path_index, path_count, _, payload_bytes, fingerprint = _FIELDS.unpack_from(data)
+        return cls(rank, ranks, path_index, path_count, payload_bytes, fingerprint)
 
     def encode(self) -> bytes:
         fields = _FIELDS.pack(
@@ -63,13 +70,13 @@ def create(directory: Directory, superblock: Superblock) -> None:
     os.close(directory.replace(superblock.file_name, [superblock.encode()]))
 
 
-def check(directory: Directory, superblock: Superblock) -> int | None:
-    """The size in bytes of a slot file that is as it should be, None if it is missing, else StoreError."""
+def read(directory: Directory, file_name: str) -> tuple[bytes, int] | None:
+    """A slot file's superblock, whosever it is, and the file's size in bytes; None if it is missing, StoreError if damaged."""
     try:
-        fd = directory.open_file(superblock.file_name, os.O_RDONLY)
+        fd = directory.open_file(file_name, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    with directory.located(superblock.file_name) as path, os.fdopen(fd, "rb") as file:
+    with directory.located(file_name) as path, os.fdopen(fd, "rb") as file:
         found = file.read(SUPERBLOCK_BYTES)
         size = os.fstat(fd).st_size
     if len(found) < SUPERBLOCK_BYTES:
@@ -84,7 +91,18 @@ def check(directory: Directory, superblock: Superblock) -> int | None:
         )
     if _CHECKSUM.unpack_from(found, _FIELDS.size)[0] != xxhash.xxh3_64_intdigest(found[: _FIELDS.size]):
         raise StoreError(f"slot file {path} is damaged (its superblock fails its checksum): {REMEDY}")
+    return found, size
+
+
+def check(directory: Directory, superblock: Superblock) -> int | None:
+    """The size in bytes of a slot file that is as it should be, None if it is missing, else StoreError."""
+    there = read(directory, superblock.file_name)
+    if there is None:
+        return None
+    found, size = there
     if found != superblock.encode():
+        fields = _FIELDS.unpack_from(found)
+        path = os.path.join(directory.path, superblock.file_name)
         raise StoreError(
             f"slot file {path} has another geometry (rank {fields[2]} of {fields[3]}, path {fields[4]} of {fields[5]}, "
             f"{fields[7]} payload bytes; expected rank {superblock.rank} of {superblock.ranks}, "

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from packaging.version import InvalidVersion, Version
 from vllm import envs
 from vllm.platforms import current_platform
 from vllm.version import __version__ as VLLM_VERSION
 
 from kvoffload.errors import ConfigError
 from kvoffload.types import Tier
+from kvoffload.vllm.window import release
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_offload.config import OffloadingConfig
 
 T = TypeVar("T")
-
-
-def release(version: str) -> tuple[int, int]:
-    """Major and minor number of vLLM's version; ConfigError if it is none that kvoffload was written for."""
-    try:
-        major, minor = (*Version(version).release, 0)[:2]
-    except InvalidVersion:
-        major, minor = 0, 0  # a checkout without tags says "dev"
-    if not (0, 26) <= (major, minor) < (0, 34):
-        raise ConfigError(f"kvoffload runs with vLLM 0.26 to 0.33, and this is {version}: install a vLLM from that range")
-    return major, minor
 
 
 VERSION = release(VLLM_VERSION)

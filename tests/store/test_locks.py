@@ -137,3 +137,14 @@ def test_a_worker_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     death.start()
     open_store(tmp_path, megabytes=8).close()
     death.join()
+
+
+def test_somebody_who_only_asks_is_not_taken_for_an_engine(tmp_path: Path) -> None:
+    """Who looks at a cache asks by a shared lock, for a moment, without the lock of the path."""
+    open_store(tmp_path, model="looked at").close()
+    name = namespace_of(tmp_path).name
+    with Directory.open(str(tmp_path / "kvoffload" / name)) as directory, open(Path(directory.path) / "lock") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not namespace.is_held(directory)
+        fcntl.flock(looking, fcntl.LOCK_EX)
+        assert namespace.is_held(directory)

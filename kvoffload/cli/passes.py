@@ -1,29 +1,124 @@
-"""kvoffload's engines: WRITE and READ between DRAM slots and a slot file, header and checksum as always.
+"""Timed passes of the real engine over the slots of one file: WRITE and READ between DRAM slots and the file, header and
+checksum as always. `kvoffload bench`, `kvoffload doctor` and the benchmarks measure with it.
 
 Throughput: as much is outstanding as there are DRAM slots, so that the engine chooses what is in the drive (its io_depth).
-Latency, from submission to completion: a pass of its own, untimed, with as little outstanding as fio has.
+Latency, from submission to completion: a pass of its own, untimed, with little outstanding.
 """
 
+import ctypes
+import functools
+import math
+import os
+import resource
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from benchmarks.rows.base import PAGE, Place, RowError, Sample, Stopwatch, content, pool
 from kvoffload.engine import Engine
 from kvoffload.engine.reference import pack_superblock
+from kvoffload.errors import UserError
 from kvoffload.layout import HEADER_BYTES
 from kvoffload.types import OP_DTYPE, EngineOptions, OpFlag, OpKind, Region, SlotFiles
 
+PAGE = 4096
+CONTENTS = 4096
 OPS_MAX = 4096
 SPARE_SLOTS = 4
 NAP_ABOVE = 512  # outstanding operations: milliseconds of work, so that the driver may look away for one
 NAP_S = 0.001
 WAIT_S = 60.0
 LATENCY_BYTES = 256 * 2**20
+LATENCY_SHARE = 4  # of the time of a timed pass
 FINGERPRINT = bytes(16)
 KEY = np.frombuffer(b"benchmark".ljust(40, b"\0"), np.uint8)
+
+
+class RowError(UserError):
+    """A row cannot be measured, or delivered other bytes than were stored; one sentence."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where slots of one size are measured."""
+
+    folder: Path
+    medium: str  # "drive", or "tmpfs", where nothing asks for O_DIRECT by itself
+    slot_bytes: int
+    slots: int
+    memory_bytes: int  # of buffers, for each row
+    depths: dict[str, int] = field(default_factory=lambda: {"write": 16, "read": 16})
+    """What is outstanding at once where latency is measured; fio chooses it."""
+
+    @property
+    def file(self) -> Path:
+        """One for all rows that keep slots in one file: where a file lies on a drive decides up to a fifth of its rate."""
+        return self.folder / "shared.slots"
+
+    @property
+    def buffers(self) -> int:
+        return max(2, min(self.slots, self.memory_bytes // self.slot_bytes))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pass over the slots in one direction."""
+
+    nbytes: int  # of whole slots
+    seconds: float
+    cpu_seconds: float
+    p50_ms: float
+    p99_ms: float
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.nbytes / self.seconds / 1e9
+
+    @property
+    def cpu_s_per_gib(self) -> float:
+        return self.cpu_seconds / (self.nbytes / 2**30)
+
+
+class Stopwatch:
+    """Wall clock and CPU time (user and system, of all threads of this process, the kernel's io_uring workers too)."""
+
+    def __enter__(self) -> Self:
+        self._cpu, self._wall = self._cpu_now(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.seconds = time.perf_counter() - self._wall
+        self.cpu_seconds = self._cpu_now() - self._cpu
+
+    @staticmethod
+    def _cpu_now() -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
+
+    def sample(self, nbytes: int, latencies_ms: np.ndarray) -> Sample:
+        p50, p99 = np.percentile(latencies_ms, (50, 99))
+        return Sample(nbytes, self.seconds, self.cpu_seconds, float(p50), float(p99))
+
+
+def settle(folder: Path) -> None:
+    """Waits until metadata and dirty pages of one row are written, so that they are not written at another's cost."""
+    fd = os.open(folder, os.O_RDONLY)
+    ctypes.CDLL(None).syncfs(fd)
+    os.close(fd)
+
+
+@functools.cache
+def pool(largest: int) -> np.ndarray:
+    """Random bytes in which content c, of at most `largest` bytes, begins at page c."""
+    return np.random.default_rng(0).integers(0, 256, CONTENTS * PAGE + largest, dtype=np.uint8)
+
+
+def content(number: int, nbytes: int) -> np.ndarray:
+    start = number % CONTENTS * PAGE
+    return pool(16 * 2**20)[start : start + nbytes]
 
 
 class EngineRow:
@@ -80,17 +175,23 @@ class EngineRow:
         completions = self.engine.poll(OPS_MAX)
         if completions["status"].any():
             worst = completions[completions["status"] != 0][0]
-            raise RowError(f"{self.name}: operation {worst['id']} failed with status {worst['status']}")
+            raise RowError(f"{self.name}: operation {worst['id']} failed ({os.strerror(-worst['status'])}): check the drive")
         return completions
 
-    def _move(self, kind: OpKind, order: np.ndarray, outstanding_max: int) -> np.ndarray:
-        """Each operation gets a DRAM slot of its own while it runs. Returns microseconds by operation."""
+    def _move(self, kind: OpKind, order: np.ndarray, outstanding_max: int, until: float = math.inf) -> np.ndarray:
+        """Each operation gets a DRAM slot of its own while it runs. Returns microseconds by operation.
+
+        until: of the clock, when no more are started; some are in any case.
+        """
         ops, usec = self._ops(kind, order), np.zeros(len(order))
+        last = len(ops)
         slot_of = ops["dram_slot"]
         free, free_count = np.arange(self.place.buffers), self.place.buffers
         sent = done = 0
-        while done < len(ops):
-            room = min(outstanding_max - (sent - done), free_count, len(ops) - sent)
+        while done < last:
+            if sent and time.perf_counter() >= until:
+                last = sent
+            room = min(outstanding_max - (sent - done), free_count, last - sent)
             if room > 0:
                 batch = ops[sent : sent + room]
                 batch["dram_slot"] = free[free_count - room : free_count]
@@ -101,7 +202,7 @@ class EngineRow:
                 sent += room
             if sent - done > NAP_ABOVE:
                 time.sleep(NAP_S)
-            elif not self.engine.wait(WAIT_S):
+            elif done < last and not self.engine.wait(WAIT_S):
                 raise RowError(f"{self.name}: nothing completed within {WAIT_S:.0f} s")
             completions = self._polled()
             ids = completions["id"]
@@ -109,7 +210,7 @@ class EngineRow:
             free[free_count : free_count + len(ids)] = slot_of[ids]
             free_count += len(ids)
             done += len(ids)
-        return usec
+        return usec[:last]
 
     def _note_contents(self, kind: OpKind, batch: np.ndarray) -> None:
         if kind == OpKind.WRITE:
@@ -132,6 +233,16 @@ class EngineRow:
 
     def read(self, order: np.ndarray) -> Sample:
         return self._pass(OpKind.READ, "read", order)
+
+    def repeat(self, kind: OpKind, order: np.ndarray, seconds: float) -> Sample:
+        """Passes over the slots for so long, and then some operations with little outstanding, for their latency."""
+        end, moved = time.perf_counter() + seconds, 0
+        with Stopwatch() as watch:
+            while not moved or time.perf_counter() < end:
+                moved += len(self._move(kind, order, OPS_MAX, end))
+        few = self.place.depths["write" if kind == OpKind.WRITE else "read"]
+        latencies = self._move(kind, order, few, time.perf_counter() + seconds / LATENCY_SHARE)
+        return watch.sample(moved * self.place.slot_bytes, latencies / 1e3)
 
     def check(self, slots: Sequence[int]) -> int:
         for slot in slots:

@@ -1,0 +1,71 @@
+"""What the commands have in common: paths as engines call them, figures for people, JSON for programs."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvoffload.errors import UserError
+
+FOUND = 1  # exit code: what was looked for was found, or what was asked for could not be done in full
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def absolute(paths: Sequence[str]) -> list[str]:
+    """As the configuration has them: symlinks stay visible, so that the store can refuse them."""
+    found = [os.path.abspath(path) for path in paths]
+    for path in found:
+        if found.count(path) > 1:
+            raise UserError(f"{path} is named more than once: name each path once")
+    return found
+
+
+def amount(nbytes: float) -> str:
+    """In units of 1000, as the settings are."""
+    unit = 0
+    while nbytes >= 999.5 and unit < len(_UNITS) - 1:
+        nbytes, unit = nbytes / 1000, unit + 1
+    return f"{nbytes:.3g} {_UNITS[unit]}"
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def ago(moment: float) -> str:
+    """How long ago, of seconds since 1970."""
+    seconds = max(0, time.time() - moment)
+    for length, unit in _SPANS:
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"
+
+
+def plain(text: object) -> Text:
+    """Of text that may come from a file: neither markup nor control characters take effect."""
+    return Text("".join(character if character.isprintable() else "?" for character in str(text)))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    made = Table(*columns, title=plain(title), title_justify="left", title_style="bold")
+    for row in rows:
+        made.add_row(*(plain(cell) for cell in row))
+    console = Console()
+    # A pipe has no width; there a row stays a line.
+    console.print(made, soft_wrap=False, width=None if console.is_terminal else max(160, console.width))
+
+
+def say(text: str) -> None:
+    Console(soft_wrap=True, highlight=False).print(plain(text))
+
+
+def as_json(found: Mapping[str, Any] | Sequence[Any]) -> None:
+    json.dump(found, sys.stdout, indent=2)
+    print()

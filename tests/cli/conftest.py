@@ -1,0 +1,14 @@
+import pytest
+
+from kvoffload.cli import scrub
+from kvoffload.store import namespace
+from tests.cli.helpers import Command
+
+
+@pytest.fixture
+def kvoffload(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command, which waits less for engines that do not let go or have nothing to note."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(namespace, "NAMESPACE_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(scrub, "PAUSE_SECONDS", 0.2)
+    return Command(capsys)

@@ -1,0 +1,14 @@
+"""What `--help` shows fits a screen and gives an example."""
+
+import pytest
+
+COMMANDS = ("inspect", "verify", "clean", "bench")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_gives_an_example_and_the_exit_codes(kvoffload, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    done = kvoffload(command, "--help")
+    lines = done.out.rstrip().splitlines()
+    assert done.code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert f"Example: kvoffload {command} " in done.out and "Exit code: 0" in done.out
