@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast e2e torture soak fuzz analyze bench bench-gpu lint clean
+.PHONY: help setup demo test fast e2e torture soak fuzz analyze docs bench bench-gpu lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -43,6 +43,9 @@ fuzz: setup ## every reader of bytes on disk, FUZZ_SECONDS (600) for each of six
 analyze: setup ## clang's warnings and static analysers on all C, tests included: any finding is an error
 	@$(PYTHON) tools/bootstrap.py analyze
 	@$(BIN)/python tools/analyze.py
+
+docs: setup ## the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: setup ## the benchmarks (40 minutes; the drive's needs fio)
 	@for benchmark in drive loads_first small_costs decisions zero_hit load_or_recompute; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
 
@@ -31,16 +31,39 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    nvme_path: tuple[str, ...] = ()  # absolute; blocks are striped over several
-    dram_kv_offload_gb: float = 0.0
-    ssd_kv_offload_gb: float = 0.0  # 0: no SSD tier; -1: automatic, from what is free
-    ssd_admission: Admissions = "all"
-    ssd_write_gb_per_day: float | None = None  # None: no limit
-    resume_kv_cache: bool = True
-    clean_obsolete_kv_cache: bool = False
-    disable_gpu_reuse: bool = False
-    disable_long_token: bool = False
-    disable_kv_cache: bool = False
+    # Descriptions are the reference in docs/configuration.md (tools/config_reference.py). Paths are absolute here.
+    nvme_path: tuple[str, ...] = Field(
+        (),
+        description="Directory for the SSD tier, or a list of directories, one for each drive, that blocks are striped over. "
+        "Needed when `ssd_kv_offload_gb` is not 0. Everything lies in a folder `kvoffload` below it.",
+    )
+    dram_kv_offload_gb: float = Field(
+        0.0,
+        description="Cap of the DRAM tier. With 0, blocks pass through a bounce pool (outside the cap, at most 2.5 GB per rank) "
+        "straight to the SSD.",
+    )
+    ssd_kv_offload_gb: float = Field(
+        0.0,
+        description="Cap of everything below `nvme_path`, all ranks and caches together. 0: no SSD tier. -1: automatic, from what "
+        "is free. Whatever it allows, 2 % of the file system (at most 10 GiB) stays free for others.",
+    )
+    ssd_admission: Admissions = Field(
+        "all", description='"second-touch": a block is written to the SSD only once a second request uses it.'
+    )
+    ssd_write_gb_per_day: float | None = Field(
+        None,
+        description="Budget of writes to the SSD, evenly over the day; an hour's worth may be saved up. While it is short, blocks "
+        "used before come first.",
+    )
+    resume_kv_cache: bool = Field(True, description="Use what an earlier run left; false: start empty.")
+    clean_obsolete_kv_cache: bool = Field(
+        False, description="Remove caches below `nvme_path` that do not match this deployment and that nobody uses."
+    )
+    disable_gpu_reuse: bool = Field(False, description="Ignore prefixes that are still in GPU memory.")
+    disable_long_token: bool = Field(
+        False, description="Keep blocks of prompts only; by default blocks of generated tokens are kept as well."
+    )
+    disable_kv_cache: bool = Field(False, description="Plain vLLM.")
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any]) -> Self:
