@@ -6,6 +6,7 @@ import typer
 
 from kvoffload.cli.bench import bench
 from kvoffload.cli.clean import clean
+from kvoffload.cli.doctor import doctor
 from kvoffload.cli.inspect import inspect
 from kvoffload.cli.serve import SETTINGS, serve
 from kvoffload.cli.simulate import simulate
@@ -14,7 +15,7 @@ from kvoffload.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command(context_settings=SETTINGS, options_metavar="MODEL [OPTIONS] [any vllm serve flag]")(serve)
-for command in (simulate, inspect, verify, clean, bench):
+for command in (simulate, inspect, verify, clean, bench, doctor):
     app.command()(command)
 
 

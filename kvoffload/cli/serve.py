@@ -47,7 +47,9 @@ def serve(
 ) -> None:
     """vllm serve with kvoffload. All that is not listed here goes to vLLM as it is.
 
-    Example: kvoffload serve MODEL --nvme-path /mnt/nvme/kv --ssd-kv-offload-gb 500 --max-model-len 8192
+    Example: kvoffload serve MODEL --nvme-path /mnt/nvme/kv --ssd-kv-offload-gb 500 --port 8000
+
+    Exit code: 0 of a dry run; vLLM's own; 2 for a mistake in the call.
     """
     if resume_kv_cache and no_resume_kv_cache:
         raise ConfigError("--resume-kv-cache and --no-resume-kv-cache contradict each other: give one of them")

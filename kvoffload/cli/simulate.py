@@ -36,6 +36,8 @@ def simulate(
     """Replays a trace through the block manager, and reports hits and bytes written. No data is moved.
 
     Example: kvoffload simulate --trace requests.jsonl --dram-gb 32 --ssd-gb 500
+
+    Exit code: 0; 2 for a mistake in the call or the trace.
     """
     if policy not in POLICIES:
         raise UserError(f"there is no policy {policy!r}; take one of {', '.join(POLICIES)}")

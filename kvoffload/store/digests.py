@@ -44,7 +44,7 @@ def _tells_changes(fd: int, found: os.stat_result) -> bool:
         return False
     # Of whole seconds are the times of coarse clocks, and those in images (squashfs, erofs, ISO 9660): these are what the
     # image's maker said, often the same in every build, and so are the inodes' numbers and the device it is mounted from.
-    if found.st_ctime_ns % 10**9 == 0 or _file_system(found.st_dev) in IN_MEMORY:
+    if found.st_ctime_ns % 10**9 == 0 or file_system(found.st_dev) in IN_MEMORY:
         return False
     try:
         os.fsync(fd)  # a memory mapping's write changes the times only where the page was clean, so all of them shall be
@@ -53,7 +53,7 @@ def _tells_changes(fd: int, found: os.stat_result) -> bool:
     return True
 
 
-def _file_system(device: int) -> str:
+def file_system(device: int) -> str:
     """The kind of file system mounted from the device; "" if the kernel does not list it (a btrfs subvolume)."""
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():

@@ -2,7 +2,7 @@
 
 import pytest
 
-COMMANDS = ("inspect", "verify", "clean", "bench")
+COMMANDS = ("serve", "simulate", "inspect", "verify", "clean", "bench", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -49,7 +49,7 @@ def drive(tmp_path) -> dict[str, str]:
     trace = tmp_path / "requests.jsonl"
     rows = [{"timestamp": 1000 * n, "input_length": 1024, "output_length": 1, "hash_ids": [n % 3, 10 + n]} for n in range(9)]
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"/mnt/nvme/kv": str(store), "requests.jsonl": str(trace), "curves.png": str(tmp_path / "curves.png")}
+    return {"/mnt/nvme/kv": str(store), "requests.jsonl": str(trace), "curves.png": str(tmp_path / "curves.png"), "llama": "m"}
 
 
 def test_there_are_commands_on_every_page_for_users():
