@@ -11,12 +11,18 @@ import os
 import sys
 import time
 
-import prometheus_client
-from vllm import SamplingParams
-from vllm.config import KVTransferConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
+# Whatever vLLM or its workers print goes to the log, also what older versions print while they are imported; the pipe carries
+# answers only.
+PIPE = os.dup(1)
+os.set_inheritable(PIPE, False)
+os.dup2(2, 1)
+
+import prometheus_client  # noqa: E402
+from vllm import SamplingParams  # noqa: E402
+from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 
 
 class Child:
@@ -114,8 +120,4 @@ def fork_instead_of_spawning() -> None:
 
 if __name__ == "__main__":
     fork_instead_of_spawning()
-    # Whatever vLLM or its workers print goes to the log; the pipe carries answers only.
-    pipe = os.dup(1)
-    os.set_inheritable(pipe, False)
-    os.dup2(2, 1)
-    asyncio.run(serve(json.loads(sys.stdin.readline()), pipe))
+    asyncio.run(serve(json.loads(sys.stdin.readline()), PIPE))

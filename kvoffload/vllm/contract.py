@@ -132,7 +132,7 @@ else:
 # A request's keys and their positions in it: the tokens up to a block's end. Before, they are noted in the order in which vLLM
 # names them: it touches and stores the keys of a request (of its one group, see above) from the first to the last.
 TELLS_POSITIONS = VERSION >= (0, 31)
-if TELLS_POSITIONS:
+if VERSION >= (0, 31):
 
     def note_keys(req_context: "ReqContext", keys: Iterable["OffloadKey"]) -> None:
         return
