@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast e2e torture soak fuzz analyze docs bench bench-gpu lint clean
+.PHONY: help setup demo test test-compat fast e2e torture soak fuzz analyze docs bench bench-gpu lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -26,6 +26,9 @@ fast: setup ## the tests that start no vLLM
 
 e2e: setup ## the tests on a real vLLM only
 	@$(BIN)/python tools/run_tests.py -m e2e $(ARGS)
+
+test-compat: setup ## the tests on the oldest supported vLLM for CPUs, and a look through 0.26 and 0.33 (4 GB, once)
+	@$(BIN)/python tools/compat.py $(ARGS)
 
 soak: setup ## ten minutes of real vLLMs on one path: caps kept, nothing grows, answers stay the same
 	@$(BIN)/python -m tests.torture.soak $(ARGS)

@@ -4,6 +4,9 @@ import time
 
 from vllm_process import Answer, VllmProcess
 
+from kvoffload.vllm import window
+
+VLLM = window.release(window.installed() or "")
 TOKENS = 8  # answered per prompt
 BLOCK = 32  # tokens
 PROMPT = 30 * BLOCK
@@ -29,7 +32,12 @@ def ask_one(
 
 def loaded(engine: VllmProcess) -> dict[str, float]:
     metrics = engine.metrics()
-    return {source: metrics.sum("vllm:prompt_tokens_cached_by_source_total", source=source) for source in SOURCES}
+    if VLLM >= (0, 32):
+        return {source: metrics.sum("vllm:prompt_tokens_cached_by_source_total", source=source) for source in SOURCES}
+    # vLLM does not tell yet. What we tell are blocks, which are tokens in models with one KV-cache group; others are refused there.
+    blocks = {tier: metrics.sum("kvoffload_hit_blocks_total", tier=tier) for tier in ("dram", "ssd")}
+    device = metrics.sum("vllm:prefix_cache_hits_total")
+    return {"device": device, "host": BLOCK * blocks["dram"], "disk": BLOCK * blocks["ssd"]}
 
 
 def settle(engine: VllmProcess) -> None:
