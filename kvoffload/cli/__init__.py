@@ -8,13 +8,13 @@ from kvoffload.cli.bench import bench
 from kvoffload.cli.clean import clean
 from kvoffload.cli.doctor import doctor
 from kvoffload.cli.inspect import inspect
-from kvoffload.cli.serve import SETTINGS, serve
+from kvoffload.cli.serve import ServeCommand, serve
 from kvoffload.cli.simulate import simulate
 from kvoffload.cli.verify import verify
 from kvoffload.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command(context_settings=SETTINGS, options_metavar="MODEL [OPTIONS] [any vllm serve flag]")(serve)
+app.command(cls=ServeCommand, options_metavar="MODEL [OPTIONS] [OPTIONS OF VLLM SERVE]")(serve)
 for command in (simulate, inspect, verify, clean, bench, doctor):
     app.command()(command)
 

@@ -3,13 +3,15 @@
 import errno
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvoffload.estimates import Decision, Estimates, Kind, Loading, Part, Why
+from kvoffload.metrics import OBSERVATIONS_MAX
 from kvoffload.types import LATE, Tier
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ class Decisions:
         self._estimates = Estimates(counters)
         self._requests: dict[str, Request] = {}  # those that have not ended
         self._prefilling: dict[str, Prefilling] = {}
-        self.load_seconds: dict[Tier, list[float]] = {}  # since they were exported last, by the slowest tier
+        # The latest since they were exported last, by the slowest tier.
+        self.load_seconds: defaultdict[Tier, deque[float]] = defaultdict(partial(deque, maxlen=OBSERVATIONS_MAX))
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class Decisions:
         out_of_patience = loads.patience_s is not None and now - loads.loading.begun >= loads.patience_s  # be it for the GPU
         late = out_of_patience or any(error in LATE for error in errors) or set(errors) == {errno.ECANCELED}
         slowest = self._estimates.end_load(now, loads.loading, not errors, late)
-        self.load_seconds.setdefault(slowest, []).append(now - loads.loading.begun)
+        self.load_seconds[slowest].append(now - loads.loading.begun)
         loads.loading = None
 
     def forget_loads(self) -> None:

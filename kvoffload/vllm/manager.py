@@ -5,9 +5,10 @@ import logging
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.estimates import Kind
 from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager, NoJournal
-from kvoffload.metrics import zeros
+from kvoffload.metrics import OBSERVATIONS_MAX, zeros
 from kvoffload.store import DriveWear, Store
 from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
 from kvoffload.vllm import contract
@@ -102,7 +103,8 @@ class ManagerAdapter(OffloadingManager):
         self._contexts: dict[str, ReqContext] = {}  # of requests that have not ended
         self._life = b""
         self._reported: dict[tuple[str, ...], float] = {}
-        self._latencies: dict[str, list[float]] = {}  # of transfers since they were exported last, by direction
+        # Of transfers since they were exported last, by direction; the latest, for vLLM may never ask (--disable-log-stats).
+        self._latencies: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=OBSERVATIONS_MAX))
         self._core = BlockManager(0, 0, 1, NoJournal())
         self._decisions = Decisions(self._core.counters, 0)
         self._block_bytes = 0
@@ -367,7 +369,7 @@ class ManagerAdapter(OffloadingManager):
             self._core.disable_ssd()
         self._core.counters.update(report.counters)
         for direction, seconds in report.latencies.items():
-            self._latencies.setdefault(direction, []).extend(seconds)
+            self._latencies[direction].extend(seconds)
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         if not self._settings.enabled:

@@ -1,132 +1,230 @@
-"""`kvoffload serve`: what it makes of its flags, without a vLLM."""
+"""`kvoffload serve` up to the moment it becomes vLLM: what it would run, and what it refuses."""
 
 import json
+import random
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
+from kvoffload.cli import main
+from kvoffload.cli.serve import VLLM
 from kvoffload.config import Config
 
-EXTRA = "kv_connector_extra_config"
+SSD = ["--nvme-path", "/nvme", "--ssd-kv-offload-gb", "500"]
+SSD_SETTINGS = {"nvme_path": ["/nvme"], "ssd_kv_offload_gb": 500}
 
 
-def serve(*arguments, python=("-c", "from kvoffload.cli import main; main()")):
-    command = [sys.executable, *python, "serve", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={"COLUMNS": "200"})
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def arguments(self) -> list[str]:
+        """For vLLM, of a dry run."""
+        (line,) = self.out.splitlines()
+        command = shlex.split(line)
+        assert tuple(command[: len(VLLM)]) == VLLM
+        return command[len(VLLM) :]
+
+    @property
+    def transfer(self) -> dict:
+        return json.loads(self.arguments[self.arguments.index("--kv-transfer-config") + 1])
+
+    @property
+    def settings(self) -> dict:
+        return self.transfer["kv_connector_extra_config"]
 
 
-def dry(*arguments):
-    """The command's words, and the connector's configuration in it."""
-    done = serve(*arguments, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout)
-    assert words[:3] == [sys.executable, "-m", "kvoffload.vllm.server"]
-    if "--kv-transfer-config" not in words:
-        return words[3:], None
-    transfer = json.loads(words.pop())
-    assert words.pop() == "--kv-transfer-config"
-    settings = transfer.pop(EXTRA)
-    Config.parse(settings)
+@pytest.fixture
+def serve(monkeypatch, capsys):
+    def serve(*arguments: object, dry_run: bool = True) -> Done:
+        command = ["kvoffload", "serve", *(["--dry-run"] if dry_run else []), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Done(ended.value.code, captured.out, captured.err)
+
+    return serve
+
+
+# Each option, and what it adds to the settings of a server with an SSD tier. The first of several spellings is the seed's.
+EFFECTS = [
+    (["--nvme_path", "/other"], {"nvme_path": ["/nvme", "/other"]}),
+    (["--nvme-path", "/other"], {"nvme_path": ["/nvme", "/other"]}),
+    (["--dram-kv-offload-gb", "32"], {"dram_kv_offload_gb": 32}),
+    (["--dram_kv_offload_gb", "0.5"], {"dram_kv_offload_gb": 0.5}),
+    (["--ssd-kv-offload-gb", "-1"], {"ssd_kv_offload_gb": -1}),
+    (["--ssd_kv_offload_gb", "7"], {"ssd_kv_offload_gb": 7}),
+    (["--ssd-admission", "second-touch"], {"ssd_admission": "second-touch"}),
+    (["--ssd_admission", "all"], {"ssd_admission": "all"}),
+    (["--ssd-write-gb-per-day", "100"], {"ssd_write_gb_per_day": 100}),
+    (["--ssd_write_gb_per_day", "100"], {"ssd_write_gb_per_day": 100}),
+    (["--resume-kv-cache"], {"resume_kv_cache": True}),
+    (["--resume_kv_cache"], {"resume_kv_cache": True}),
+    (["--no-resume-kv-cache"], {"resume_kv_cache": False}),
+    (["--no_resume_kv_cache"], {"resume_kv_cache": False}),
+    (["--clean-obsolete-kv-cache"], {"clean_obsolete_kv_cache": True}),
+    (["--clean_obsolete_kv_cache"], {"clean_obsolete_kv_cache": True}),
+    (["--disable-gpu-reuse"], {"disable_gpu_reuse": True}),
+    (["--disable_gpu_reuse"], {"disable_gpu_reuse": True}),
+    (["--disable-long-token"], {"disable_long_token": True}),
+    (["--disable_long_token"], {"disable_long_token": True}),
+]
+OFF = ["--disable_kv_cache_offload", "--disable-kv-cache-offload", "--disable-kv-cache", "--disable_kv_cache"]
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+@pytest.mark.parametrize(("option", "effect"), EFFECTS, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_each_option_is_one_setting_of_the_connector(serve, option, effect, joined):
+    done = serve("model", *SSD, *(["=".join(option)] if joined else option))
+    assert done.code == 0 and done.err == ""
+    assert done.settings == {**SSD_SETTINGS, **effect}
+    assert done.arguments == ["model", "--kv-transfer-config", json.dumps(done.transfer)]
+    assert Config.parse(done.settings).enabled
+
+
+def test_every_setting_has_an_option():
+    reached = {key for _, effect in EFFECTS for key in effect}
+    assert reached | {"disable_kv_cache"} == set(Config.model_fields)
+
+
+def test_the_connector_recomputes_what_does_not_load_and_is_found_without_a_plugin(serve):
+    transfer = serve("model", *SSD).transfer
+    del transfer["kv_connector_extra_config"]
     assert transfer == {
         "kv_connector": "KVOffloadConnector",
         "kv_connector_module_path": "kvoffload.vllm.connector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
     }
-    return words[3:], settings
 
 
-TIER = ["--nvme-path", "/a", "--ssd-kv-offload-gb", "500"]
-TIER_SET = {"nvme_path": ["/a"], "ssd_kv_offload_gb": 500}
+def test_paths_are_absolute_in_the_command(serve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert serve("model", "--nvme-path", "cache", "--ssd-kv-offload-gb=1").settings["nvme_path"] == [str(tmp_path / "cache")]
 
 
-@pytest.mark.parametrize("spelt", ["dashes", "underscores", "equals"])
+@pytest.mark.parametrize("off", OFF)
+def test_offloading_switched_off_is_plain_vllm(serve, off):
+    done = serve("model", *SSD, off, "--port", 80)
+    assert done.code == 0
+    assert done.arguments == ["model", "--port", "80"]
+    assert "--disable-kv-cache is set" in done.err and len(done.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
-    ("flags", "settings"),
-    [
-        (TIER, TIER_SET),
-        (["--dram-kv-offload-gb", "32.5"], {"dram_kv_offload_gb": 32.5}),
-        (["--nvme-path", "/a"], {"nvme_path": ["/a"], "ssd_kv_offload_gb": -1}),
-        (["--nvme-path", "/a", "--ssd-kv-offload-gb", "-1"], {"nvme_path": ["/a"], "ssd_kv_offload_gb": -1}),
-        ([*TIER, "--nvme-path", "/b"], {**TIER_SET, "nvme_path": ["/a", "/b"]}),
-        ([*TIER, "--resume-kv-cache"], {**TIER_SET, "resume_kv_cache": True}),
-        ([*TIER, "--no-resume-kv-cache"], {**TIER_SET, "resume_kv_cache": False}),
-        ([*TIER, "--clean-obsolete-kv-cache"], {**TIER_SET, "clean_obsolete_kv_cache": True}),
-        ([*TIER, "--disable-gpu-reuse"], {**TIER_SET, "disable_gpu_reuse": True}),
-        ([*TIER, "--disable-long-token"], {**TIER_SET, "disable_long_token": True}),
-        ([*TIER, "--ssd-admission", "second-touch"], {**TIER_SET, "ssd_admission": "second-touch"}),
-        ([*TIER, "--ssd-write-gb-per-day", "100"], {**TIER_SET, "ssd_write_gb_per_day": 100}),
-        ([*TIER, "--disable-kv-cache"], None),
-        ([*TIER, "--disable-kv-cache-offload"], None),
-    ],
-    ids=lambda value: value[-1] if isinstance(value, list) else "",
+    "sizes",
+    [[], ["--dram-kv-offload-gb", 0, "--ssd-kv-offload-gb", 0], ["--nvme-path", "/nvme", "--ssd-kv-offload-gb", 0]],
 )
-def test_every_flag_in_every_spelling_sets_what_it_is_named_after(flags, settings, spelt):
-    if spelt == "underscores":
-        flags = ["--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag for flag in flags]
-    if spelt == "equals":
-        joined = []
-        for flag in flags:
-            if flag.startswith("--"):
-                joined.append(flag)
-            else:
-                joined[-1] += f"={flag}"
-        flags = joined
-    assert dry("model", *flags) == (["model"], settings)
+def test_no_sizes_is_plain_vllm_and_says_so(serve, sizes):
+    done = serve("model", *sizes, "--kv-transfer-config", "{}")
+    assert done.code == 0
+    assert done.arguments == ["model", "--kv-transfer-config", "{}"]
+    assert "give --nvme-path or --dram-kv-offload-gb" in done.err and len(done.err.splitlines()) == 1
 
 
-def test_all_other_arguments_go_to_vllm_as_they_are_and_in_order():
-    theirs = ["model", "--max_model_len", "8192", "-tp", "2", "--seed=-1", "-O.level=3", "--lora-modules", "a=/x", "b=/y"]
-    words, settings = dry(*theirs[:3], "--nvme-path", "/a", *theirs[3:])
-    assert words == theirs
-    assert settings is not None
+def test_a_path_without_a_size_takes_what_is_free(serve):
+    done = serve("model", "--nvme-path", "/nvme")
+    assert done.code == 0
+    settings = json.loads(done.arguments[-1])["kv_connector_extra_config"]
+    assert settings == {"nvme_path": ["/nvme"], "ssd_kv_offload_gb": -1}
 
 
-def test_a_vllm_flag_that_begins_like_one_of_ours_is_vllms():
-    words, settings = dry("model", "--nvme", "x", "--dram-kv-offload-gb", "1")
-    assert words == ["model", "--nvme", "x"]
-    assert settings == {"dram_kv_offload_gb": 1}
+FOREIGN = [
+    ["a model's name"],
+    ["--port", "8000"],
+    ["--port=8001"],
+    ["-tp", "2"],
+    ["-O3"],
+    ["--enable-lora"],
+    ["--lora-modules", "one=/a b", "two=/c", '{"name": "three"}'],
+    ["--seed", "-1"],
+    ["--override-generation-config.temperature", "0.5"],
+    ["--served_model_name", "under_score"],
+    ["--chat-template", ""],
+    ["--api-key", "$HOME 'quoted' \"twice\" \\"],
+    ["--help=all"],
+    ["-h"],
+]
+OURS = [SSD[:2], SSD[2:], ["--dram_kv_offload_gb=1"], ["--disable-gpu-reuse"], ["--no_resume_kv_cache"], ["--nvme_path=/b"]]
 
 
-def test_without_a_tier_it_is_plain_vllm_and_says_so():
-    done = serve("model", "--dry-run")
-    assert done.returncode == 0
-    assert "--kv-transfer-config" not in done.stdout
-    assert "nothing is offloaded" in done.stderr
-    assert "nothing is offloaded" not in serve("model", "--disable-kv-cache", "--dry-run").stderr
+def test_everything_else_reaches_vllm_unchanged_and_in_order(serve, seed):
+    rng = random.Random(seed)
+    for _ in range(50):
+        parts = rng.sample(FOREIGN, len(FOREIGN))
+        theirs = [word for part in parts for word in part]
+        mixed = list(parts)
+        for part in OURS:
+            mixed.insert(rng.randint(0, len(mixed)), part)
+        done = serve(*(word for part in mixed for word in part))
+        assert done.code == 0, (mixed, done.err)
+        assert done.arguments[:-2] == theirs, mixed
+        assert done.settings["disable_gpu_reuse"] is True and sorted(done.settings["nvme_path"]) == ["/b", "/nvme"]
+
+
+def test_behind_two_dashes_nothing_is_ours_and_the_connector_stays_before_them(serve):
+    done = serve("--port", "1", *SSD, "--", "model", "--help", "--disable-gpu-reuse")
+    assert done.arguments[:2] == ["--port", "1"]
+    assert done.arguments[2] == "--kv-transfer-config"
+    assert done.arguments[4:] == ["--", "model", "--help", "--disable-gpu-reuse"]
+    assert done.settings == SSD_SETTINGS
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--resume-kv-cache", "--no-resume-kv-cache"], "contradict each other"),
-        (["--ssd-kv-offload-gb", "5"], "nvme_path is not"),
-        (["--nvme-path", "/a", "--ssd-kv-offload-gb", "-2"], "must be 0 (off), -1 (automatic)"),
-        (["--nvme-path", "/a", "--nvme_path", "/a"], "more than once"),
-        (["--kv-transfer-config", "{}"], "leave it out"),
-        (["--kv_transfer_config={}"], "leave it out"),
-        (["--kv-transfer-config.kv_role", "kv_both"], "leave it out"),
-        (["--kv-offloading-size", "5"], "vLLM's own offloading"),
-        (["--kv_offloading_backend=native"], "vLLM's own offloading"),
+        ([], "no model is named"),
+        (SSD, "no model is named"),
+        (["m", "--resume-kv-cache", "--no_resume_kv_cache", *SSD], "leave one of them out"),
+        (["m", *SSD, "--kv-transfer-config", "{}"], "--kv-transfer-config sets up KV transfer"),
+        (["m", *SSD, "--kv_transfer_config={}"], "leave it out"),
+        (["m", *SSD, "--kv-transfer-config.kv_role", "kv_both"], "leave it out"),
+        (["m", *SSD, "--kv-transfer", "{}"], "leave it out"),
+        (["m", "--kv_offloading_size", "4", *SSD], "--kv-offloading-size sets up KV transfer"),
+        (["m", "--dram-kv-offload-gb", "ten"], "--dram-kv-offload-gb must be a number of GB"),
+        (["m", "--dram-kv-offload-gb=-1"], "must be 0 (off) or more"),
+        (["m", "--dram-kv-offload-gb=nan"], "must be a finite number"),
+        (["m", "--ssd-kv-offload-gb=5"], "name the directory"),
+        (["m", "--dram-kv-offload-gb=5", "--ssd-admission=all"], "there is no SSD tier"),
+        (["m", *SSD, "--ssd-admission=third-touch"], "'all' or 'second-touch'"),
+        (["m", *SSD, "--ssd-write-gb-per-day=0"], "must be more than 0"),
+        (["m", *SSD, "--nvme-path="], "must not hold an empty path"),
+        (["m", *SSD, "--nvme-path", "/nvme"], "list each path once"),
+        (["m", "--ssd-kv-offload-gb"], "needs a value"),
+        (["m", *SSD, "--disable-gpu-reuse=true"], "takes no value"),
     ],
 )
-def test_what_users_do_wrong_is_one_sentence(arguments, says):
-    done = serve("model", *arguments, "--dry-run")
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_what_users_do_wrong_is_one_sentence(serve, arguments, says):
+    done = serve(*arguments)
+    assert done.code == 2
+    assert says in done.err and len(done.err.splitlines()) == 1
+    assert done.out == ""
 
 
-def test_without_vllm_in_this_python_it_says_where_it_is_missing():
-    done = serve("model", "--nvme-path", "/a", python=("-c", "import sys; sys.modules['vllm'] = None\n"
-                                                       "from kvoffload.cli import main; main()"))  # fmt: skip
-    assert done.returncode == 2
-    assert "pip install vllm" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"), [(["--dry-run"], 0, ""), ([], 2, "vLLM is not installed")], ids=["dry run", "run"]
+)
+def test_without_vllm_a_dry_run_works_and_a_run_says_what_is_missing(arguments, code, says):
+    program = "import sys; sys.modules |= dict.fromkeys(['vllm', 'torch']); from kvoffload.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", "model", *SSD, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert says in done.stderr and len(done.stderr.splitlines()) == (1 if says else 0)
 
 
-def test_a_dry_run_needs_no_vllm():
-    done = serve("model", "--nvme-path", "/a", "--dry-run", python=("-c", "import sys; sys.modules['vllm'] = None\n"
-                                                                    "from kvoffload.cli import main; main()"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_help_fits_one_screen_and_gives_an_example(serve, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    done = serve("model", "--help", dry_run=False)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert "Example: kvoffload serve" in done.out
+    for key in Config.model_fields:
+        assert "--" + key.replace("_", "-") in done.out

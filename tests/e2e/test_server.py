@@ -10,6 +10,7 @@ from kvoffload.metrics import METRICS
 from tests.e2e.conftest import BUILD
 from tests.e2e.offload import PROMPT
 from tests.e2e.served import served
+from tests.monitoring.test_rules_and_dashboard import exported_name
 
 NAME = "Meta-Llama-3.1-8B-Instruct"
 POOL = ["--max-model-len", 1056, "--num-gpu-blocks-override", 40, "--served-model-name", NAME]
@@ -85,7 +86,7 @@ def test_a_served_model_answers_from_the_cache_and_its_metrics_say_so(server, pr
     assert sums["kvoffload_hit_blocks_total"] > before["kvoffload_hit_blocks_total"]
     assert sums["kvoffload_stored_blocks_total"] - before["kvoffload_stored_blocks_total"] >= 90
     assert sums["kvoffload_used_bytes"] > 0
-    assert {name for name in sums if not name.endswith("_created")} <= set(METRICS)
+    assert {exported_name(name) for name in sums if not name.endswith("_created")} <= set(METRICS)
 
 
 def test_sigterm_ends_it_in_order_and_a_second_life_hits_what_the_first_stored(model, tmp_path, prompts):
