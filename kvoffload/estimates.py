@@ -168,6 +168,7 @@ class Probing:
     next_at: float
     share: int = PROBE_SHARE
     whole_s: float = 0.0  # what computing would take where it is probed
+    whole_bytes: int = 0  # what would be loaded there, were it not for a probe
 
 
 class Loading(NamedTuple):
@@ -234,7 +235,7 @@ class Estimates:
     def _probe_tier(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
         """Loads a little of a tier that is too slow. `load_s`: for what comes before it."""
         probing = self._probing.setdefault(part.tier, Probing(PROBE_S, now + PROBE_S))
-        probing.whole_s = whole_s
+        probing.whole_s, probing.whole_bytes = whole_s, part.nbytes
         end = begin + max(1, (part.end - begin) // probing.share)
         return Decision(end, Kind.PART, Why.PROBE, None, max(PROBE_PATIENCE_MIN_S, PROBE_LOSS * whole_s) + 2 * load_s)
 
@@ -280,15 +281,16 @@ class Estimates:
         if not (arrived or late):
             return slowest
         self._compare("load", loading.predicted_s, seconds)
-        probing = self._probing.get(slowest)
+        probing, nbytes = self._probing.get(slowest), loading.queued[slowest]
         if arrived:
             self._suspects.discard(slowest)
         else:
             self._suspects.add(slowest)
-            # A probe is given up soon, which must not look like a load that took no longer.
-            seconds = GIVEN_UP * max(seconds, probing.whole_s if probing is not None else 0.0)
+            # A probe is given up soon, which must not look like a load that took no longer: it stands for all it was part of.
+            whole_s, whole_bytes = (probing.whole_s, probing.whole_bytes) if probing is not None else (0.0, 0)
+            seconds, nbytes = GIVEN_UP * max(seconds, whole_s), max(nbytes, whole_bytes)
         self._end_probe(now, probing, seconds)
-        self._load[slowest].observe(seconds, loading.queued[slowest], 1.0)
+        self._load[slowest].observe(seconds, nbytes, 1.0)
         return slowest
 
     def _end_probe(self, now: float, probing: Probing | None, seconds: float) -> None:

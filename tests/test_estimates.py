@@ -105,7 +105,7 @@ def test_a_slow_tier_is_loaded_from_no_more_once_that_is_known_and_again_when_it
     assert sum(times) <= 1.05 * 100 * world.prefill_s(2000, 0)
     world.rate[Tier.SSD] *= 100
     world.now += 1000.0
-    assert [world.request(ssd(2000), 2000)[0].why for _ in range(3)] == [Why.PROBE, Why.PROBE, Why.FASTER]
+    assert [world.request(ssd(2000), 2000)[0].why for _ in range(3)] == [Why.PROBE, Why.FASTER, Why.FASTER]
     assert world.decide(ssd(2000), 2000).kind is Kind.LOAD
 
 

@@ -167,7 +167,7 @@ def test_other_weights_in_an_image_built_with_the_same_times_are_read_again(nvme
 def test_weights_in_memory_that_a_mapping_changed_without_a_time_are_read_again(
     nvme: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if digests._file_system(os.stat("/dev/shm").st_dev) != "tmpfs":
+    if digests.file_system(os.stat("/dev/shm").st_dev) != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
     monkeypatch.setattr(digests, "IN_MEMORY", IN_MEMORY)
     with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".gguf") as file:
@@ -183,7 +183,7 @@ def test_weights_in_memory_that_a_mapping_changed_without_a_time_are_read_again(
 
 def test_weights_that_a_mapping_goes_on_writing_are_read_again(nvme: Path, weights: Path) -> None:
     """A page that is dirty already is written without a time changing."""
-    if digests._file_system(weights.stat().st_dev) in IN_MEMORY:
+    if digests.file_system(weights.stat().st_dev) in IN_MEMORY:
         pytest.skip("files in memory are always read again")
     with weights.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapping:
         mapping[0] = ord("x")
