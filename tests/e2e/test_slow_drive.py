@@ -31,6 +31,7 @@ def test_a_prompt_is_computed_while_its_drive_is_slow_and_loaded_when_it_is_fast
     settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3}
     life = Life(serve, plan, baseline, prompts, settings)
     assert decisions(life.engine)["load"] >= len(life.asked)
+    fast = life.engine.metrics().sum("kvoffload_load_bytes_per_second", tier="ssd")
 
     plan.read.throttle(SLOW_S)
     life.check_answers(wish=None)  # the first two of them find out
@@ -40,7 +41,7 @@ def test_a_prompt_is_computed_while_its_drive_is_slow_and_loaded_when_it_is_fast
     assert after["load"] == before["load"]
     assert after["recompute"] > before["recompute"]
     metrics = life.engine.metrics()
-    assert metrics.sum("kvoffload_load_bytes_per_second", tier="ssd") < 20e6
+    assert 0 < metrics.sum("kvoffload_load_bytes_per_second", tier="ssd") < fast
     assert metrics.sum("kvoffload_prefill_tokens_per_second") > 0
 
     plan.heal()
