@@ -88,11 +88,11 @@ def measure(folder: Path, blocks: int, rounds: int) -> dict[str, object]:
     before, begun = resident_bytes(), time.perf_counter()
     with opened(folder, blocks) as store:
         opened_at = time.perf_counter()
-        entries = store.entries()
-        manager = BlockManager(DRAM_SLOTS, store.slot_count, 1, store, recovered=entries)
+        table = store.table()
+        manager = BlockManager(DRAM_SLOTS, store.slot_count, 1, store, recovered=table)
         recovered_at = time.perf_counter()
-        held = [entry.key for entry in entries[len(entries) // 2 :]]  # the older half is evicted meanwhile
-        del entries
+        held = table.keys[len(table) // 2 :]  # the older half is evicted meanwhile
+        del table
         grown = resident_bytes() - before
         filled = Rounds()  # DRAM and what is left of the SSD, so that what follows evicts
         for number in range((DRAM_SLOTS + store.slot_count - len(held) * 2) // STORED + 1):

@@ -24,13 +24,15 @@ def verify(
     late_slots = [slot for drive in drives for _, slot in drive.late_slots]
     _verify_pool("dram", index.dram, [*(b.dram_slot for b in everyone.values() if b.dram is not ABSENT), *late_slots])
     on_ssd = [block for block in everyone.values() if block.ssd is not ABSENT]
+    _verify_cold(index)
     for drive in drives:
         here = [block for block in on_ssd if drives.of(block.ssd_slot) is drive]
-        _verify_pool(f"drive {drive.number}", drive.pool, [block.ssd_slot for block in here])
+        cold = {key: slot for key, slot in index.cold.items() if drives.of(slot) is drive}
+        _verify_pool(f"drive {drive.number}", drive.pool, [*(block.ssd_slot for block in here), *cold.values()])
         assert drive.loads == sum(source is drive for _, source, _ in loads), f"drive {drive.number}: loads"
         assert drive.demotions == sum(block.ssd is MOVING_IN for block in here), f"drive {drive.number}: demotions"
         evictable = [block for block in blocks.values() if drive.policy.evictable(block.key)]
-        assert len(evictable) == len(drive.policy), f"drive {drive.number}: evictable, but not there"
+        assert len(evictable) + len(cold) == len(drive.policy), f"drive {drive.number}: evictable, but not there"
         idle = [block for block in here if block.ssd is READY and not block.loads and not block.gone]
         assert {id(block) for block in evictable} == {id(block) for block in idle}, f"drive {drive.number}: evictable"
     in_use = Counter(id(block) for block in loading)
@@ -49,9 +51,19 @@ def verify(
             on_drive = block.ssd is not ABSENT and drives.of(block.ssd_slot) is drive
             assert (block.key in drive.policy) == on_drive, f"{name}: on drive {drive.number}"
         waits = block.dirty and drives.writing  # to be written
+        assert block.gone or block.dram is not ABSENT or not idle, f"{name}: to be cold"
         if not block.gone:
             evictable = block.dram is READY and idle and not waits
             assert index.dram_policy.evictable(block.key) == evictable, f"{name}: evictable in use, or idle and not evictable"
+
+
+def _verify_cold(index: Index) -> None:
+    """A block that is cold is nothing else, and may be evicted from its drive."""
+    for key, slot in index.cold.items():
+        assert key not in index.blocks and key not in index.dirty and key not in index.dram_policy, key.hex()
+        for drive in index.drives:
+            here = drive is index.drives.of(slot)
+            assert drive.policy.evictable(key) == (key in drive.policy) == here, f"{key.hex()}: cold on drive {drive.number}"
 
 
 def _verify_pool(name: str, pool: SlotPool, slots: Iterable[int]) -> None:

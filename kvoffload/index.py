@@ -4,14 +4,16 @@ It knows blocks and slots; what is in flight, and why, is the block manager's af
 """
 
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
 from kvoffload.admission import Ghosts
-from kvoffload.blocks import ABSENT, READY, Block, Journal, Recovered
+from kvoffload.blocks import ABSENT, READY, Block, Journal
+from kvoffload.cold import Cold
 from kvoffload.drives import Drive, Drives
 from kvoffload.garbage import uncollected
 from kvoffload.policy import EvictionPolicy
 from kvoffload.slots import SlotPool
+from kvoffload.table import BlockTable
 from kvoffload.types import NO_SLOT, BlockKey, Tier
 
 
@@ -19,6 +21,7 @@ class Index:
     def __init__(
         self,
         dram_slots: int,
+        cold: Cold,
         dram_is_tier: bool,
         drives: Drives,
         journal: Journal,
@@ -28,7 +31,8 @@ class Index:
     ):
         self.dram_is_tier, self.drives, self._journal, self._counters = dram_is_tier, drives, journal, counters
         self._ghosts = ghosts  # what becomes of those forgotten; None: nobody asks
-        self.blocks: dict[BlockKey, Block] = {}
+        self.blocks: dict[BlockKey, Block] = {}  # in DRAM or in use; the others are cold
+        self.cold = cold
         self.dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
         self.promised: set[BlockKey] = set()  # by lookups of this step: not evicted
         self.dram = SlotPool(range(dram_slots))
@@ -36,32 +40,56 @@ class Index:
         self._was_writing = drives.writing
         self._now = 0
 
-    def recover(self, recovered: Iterable[Recovered]) -> None:
-        blocks, of, tick = self.blocks, self.drives.of, self.tick
+    def recover(self, found: BlockTable) -> None:
         with uncollected():
-            for entry in recovered:
-                key = entry.key
-                block = blocks[key] = Block(key, entry.group, entry.generation, tick())
-                block.ssd, block.ssd_slot = READY, entry.slot
-                policy = of(entry.slot).policy
-                policy.enter(key, block.used, 0)
-                policy.release(key)
-        owned = {block.ssd_slot for block in blocks.values()}
-        for drive in self.drives:
-            drive.pool.claim(owned)
+            self.cold.recover(found)
+            for drive in self.drives:
+                rows, slots = self.drives.rows_of(drive, found.slots)
+                keys = found.keys if len(rows) == len(found) else [found.keys[row] for row in rows.tolist()]
+                drive.policy.recover(keys, (rows + 1).tolist())
+                drive.pool.claim(slots)
+        self._now = len(found)
 
-    def use(self, keys: Sequence[BlockKey], owner: str) -> list[Block]:
-        """Notes that the request used those of `keys` there are just now, the last one first."""
-        blocks = [self.blocks[key] for key in reversed(keys) if key in self.blocks]
-        for block in blocks:
+    def block(self, key: BlockKey) -> Block | None:
+        """Taken out of the cold, if need be, for something is to be done with it; `settle` puts it back."""
+        block = self.blocks.get(key)
+        if block is None:
+            block = self.cold.take(key)
+            if block is not None:
+                self.blocks[key] = block
+        return block
+
+    def ssd_slot(self, key: BlockKey) -> int | None:
+        """Where it is ready on SSD."""
+        block = self.blocks.get(key)
+        if block is None:
+            return self.cold.slot(key)
+        return block.ssd_slot if block.ssd is READY else None
+
+    def use(self, keys: Sequence[BlockKey], owner: str) -> list[tuple[BlockKey, int]]:
+        """Notes that the request used those of `keys` there are just now, the last one first. Those ready on SSD are returned,
+        with their slots."""
+        on_ssd = []
+        blocks, cold = self.blocks, self.cold
+        for key in reversed(keys):
+            block = blocks.get(key)
+            if block is None:
+                slot = cold.slot(key)
+                if slot is not None:
+                    now = self.tick()
+                    self.drives.of(slot).policy.use(key, now, cold.use(slot, now, owner))
+                    on_ssd.append((key, slot))
+                continue
             now = block.used = self.tick()
             again = block.user == owner
             block.user = owner
             if block.dram is not ABSENT:
-                self.dram_policy.use(block.key, now, again)
+                self.dram_policy.use(key, now, again)
             if block.ssd is not ABSENT:
-                self.drives.of(block.ssd_slot).policy.use(block.key, now, again)
-        return blocks
+                self.drives.of(block.ssd_slot).policy.use(key, now, again)
+                if block.ssd is READY:
+                    on_ssd.append((key, block.ssd_slot))
+        return on_ssd
 
     def settle_dirty(self) -> None:
         """While no drive takes them, blocks that wait to be written may be evicted."""
@@ -84,18 +112,27 @@ class Index:
         if block.ssd is not ABSENT:
             self.drives.of(block.ssd_slot).policy.leave(block.key)
         if block.ssd is READY and journal:
-            self._journal.delete(block.key)
+            self._journal.delete(block.key, block.ssd_slot)
 
     def forget_and_settle(self, block: Block, journal: bool = True) -> None:
         self.forget(block, journal)
         self.settle(block)
+
+    def forget_cold(self) -> None:
+        """All that is cold, of which the journal is not told."""
+        for key, slot in self.cold.items():
+            drive = self.drives.of(slot)
+            drive.policy.leave(key)
+            drive.pool.give_back(slot)
+        self.cold.clear()
 
     def tick(self) -> int:
         self._now += 1
         return self._now
 
     def settle(self, block: Block) -> None:
-        """Tells policies whether the block may be evicted, and frees the slots it no longer needs."""
+        """Tells policies whether the block may be evicted, frees the slots it no longer needs, and lets go of the object if what
+        is left lies on SSD."""
         idle = block.loads == 0 and block.demotion is None and not block.late
         if block.gone:
             if idle:
@@ -116,6 +153,12 @@ class Index:
                 policy.release(block.key)
             else:
                 policy.hold(block.key)
+            if idle and block.dram is ABSENT:
+                self._make_cold(block)
+
+    def _make_cold(self, block: Block) -> None:
+        del self.blocks[block.key]
+        self.cold.put(block)
 
     def drop_dram(self, block: Block) -> None:
         if block.dram is READY:
@@ -146,6 +189,8 @@ class Index:
         self._counters["kvoffload_evictions_total", Tier.DRAM.value] += 1
         if block.ssd is ABSENT:
             self.forget(block)
+        else:
+            self._make_cold(block)
         return slot
 
     def take_ssd_slot(self, drives: Sequence[Drive]) -> int:
@@ -159,12 +204,16 @@ class Index:
         key = next((key for key in victims if key is not None), None)
         if key is None:  # a full drive that has nothing of ours to give up may have room by now
             return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
-        block = self.blocks[key]
+        self._counters["kvoffload_evictions_total", Tier.SSD.value] += 1
+        block = self.blocks.get(key)
+        if block is None:
+            slot, uses = self.cold.drop(key)
+            self._journal.delete(key, slot)
+            if self._ghosts is not None:
+                self._ghosts.leave(key, uses)
+            return slot
+        # Its DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block.
         slot = block.ssd_slot
         block.ssd, block.ssd_slot = ABSENT, NO_SLOT
-        self._journal.delete(key)
-        self._counters["kvoffload_evictions_total", Tier.SSD.value] += 1
-        # A DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block.
-        if block.dram is ABSENT:
-            self.forget(block)
+        self._journal.delete(key, slot)
         return slot

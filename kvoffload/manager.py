@@ -17,12 +17,14 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from types import MappingProxyType
 
 from kvoffload.admission import Admission, AdmitAll
-from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Recovered, Stored, Unsaved
+from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Stored, Unsaved
 from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
+from kvoffload.cold import Cold
 from kvoffload.drives import Drive, Drives
 from kvoffload.index import Index
 from kvoffload.policy import DEFAULT, LRU, POLICIES, EvictionPolicy
+from kvoffload.table import NO_BLOCKS, BlockTable
 from kvoffload.types import LATE, MILDEST_FIRST, NO_SLOT, BlockKey, Demotion, Tier
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,10 @@ class NoJournal:
     def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None:
         return
 
-    def delete(self, key: BlockKey) -> None:
+    def delete(self, key: BlockKey, slot: int) -> None:
         return
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
+    def touch(self, blocks: Sequence[tuple[BlockKey, int]]) -> None:
         return
 
     def clear(self) -> None:
@@ -65,13 +67,13 @@ class BlockManager:
         *,
         dram_is_tier: bool = True,
         drives: Sequence[str] = ("0",),
-        recovered: Iterable[Recovered] = (),
+        recovered: BlockTable = NO_BLOCKS,
         policy: Callable[[int], EvictionPolicy] = POLICIES[DEFAULT],
         admission: Admission | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`dram_is_tier` False: DRAM slots only carry blocks to the SSD. `drives`: those that SSD slots are striped over, as
-        they are called in the log. `recovered`: oldest first. `policy`: makes one for so many blocks, for the SSD tier, or
+        they are called in the log. `recovered`: what is on SSD. `policy`: makes one for so many blocks, for the SSD tier, or
         for DRAM where there is none. `admission`: None writes every block to the SSD."""
         self.ranks = ranks
         self.dram_is_tier = dram_is_tier
@@ -83,7 +85,8 @@ class BlockManager:
         self._selective = self._admission.selective and ssd_slots > 0
         ghosts = self._admission.ghosts
         dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
-        self._index = Index(dram_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
+        self._cold = Cold(ssd_slots)
+        self._index = Index(dram_slots, self._cold, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
         self._stores: dict[BlockKey, Block] = {}
         # By owner and key, with the drive (None: from DRAM) and how many loads from it had been late when this one began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
@@ -98,26 +101,31 @@ class BlockManager:
         if tier is not None:
             self._index.promised.add(key)
             if tier is SSD and not self._drives.all_well:
-                self._drives.of(self._index.blocks[key].ssd_slot).promise(key)
+                slot = self._index.ssd_slot(key)
+                assert slot is not None
+                self._drives.of(slot).promise(key)
         return tier
 
     def tier(self, key: BlockKey) -> Tier | None:
         block = self._index.blocks.get(key)
-        if block is None:
-            return None
-        if block.dram is READY and self.dram_is_tier:
+        if block is not None and block.dram is READY and self.dram_is_tier:
             return DRAM
-        return SSD if self._may_read(block) else None
+        return SSD if self._may_read(key, block) else None
 
     def tiers(self, key: BlockKey) -> list[Tier]:
         """Every tier the block can be loaded from, the nearest first."""
         nearest = self.tier(key)
-        if nearest is DRAM and self._may_read(self._index.blocks[key]):
+        if nearest is DRAM and self._may_read(key, self._index.blocks[key]):
             return [DRAM, SSD]
         return [] if nearest is None else [nearest]
 
-    def _may_read(self, block: Block) -> bool:
-        return block.ssd is READY and (self._drives.all_well or self._drives.of(block.ssd_slot).may_read(block.key))
+    def _may_read(self, key: BlockKey, block: Block | None) -> bool:
+        """Whether the block, which is cold if it is None, can be had from the SSD."""
+        if block is None:
+            slot = self._cold.slot(key)
+        else:
+            slot = block.ssd_slot if block.ssd is READY else None
+        return slot is not None and (self._drives.all_well or self._drives.of(slot).may_read(key))
 
     def pending(self) -> bool:
         """Whether there is background work that needs further steps now. An idle engine steps a thousand times a second,
@@ -158,10 +166,10 @@ class BlockManager:
         may_move_in = self.dram_is_tier
         for key in keys:
             tier = self.tier(key)
-            if tier is None:
+            block = self._index.block(key) if tier is not None else None
+            if block is None:
                 placements.append(Placement(key, 0, NO_SLOT, NO_SLOT))
                 continue
-            block = self._index.blocks[key]
             block.loads += 1
             drive = self._drives.of(block.ssd_slot) if tier is SSD else None
             self._loads[owner, key] = block, drive, drive.late_loads if drive is not None else 0
@@ -238,8 +246,9 @@ class BlockManager:
             slot = self._index.take_dram_slot(unsaved)
             if slot == NO_SLOT:
                 break
-            if key in self._index.blocks:
-                self._index.forget_and_settle(self._index.blocks[key])
+            former = self._index.block(key)
+            if former is not None:
+                self._index.forget_and_settle(former)
             block = Block(key, group, self._journal.next_generation(), 0, own.get(key, 0))
             block.dram, block.dram_slot, block.user = MOVING_IN, slot, owner
             if self._admission.ghosts is not None:
@@ -257,11 +266,12 @@ class BlockManager:
     def _holds(self, key: BlockKey) -> bool:
         """Whether storing the block would add nothing. It does if its only copy is on a drive that is left alone."""
         block = self._index.blocks.get(key)
-        if block is None or self._drives.all_well:
-            return block is not None
-        if block.dram is not ABSENT:
+        slot = self._cold.slot(key) if block is None else block.ssd_slot
+        if slot is None or self._drives.all_well:
+            return slot is not None
+        if block is not None and block.dram is not ABSENT:
             return self.dram_is_tier or not block.late
-        return self._drives.of(block.ssd_slot).reads.state is not BreakerState.OPEN
+        return self._drives.of(slot).reads.state is not BreakerState.OPEN
 
     def store_done(self, keys: Collection[BlockKey], failed: Container[BlockKey] = ()) -> None:
         """The store of `keys` ended on every rank. Keys that were not placed by `store` are passed over."""
@@ -280,11 +290,11 @@ class BlockManager:
     def touch(self, keys: Sequence[BlockKey], owner: str) -> None:
         """The request used the blocks, all that it has in prefix order, just now. Eviction takes the tail of a prefix before
         its head."""
-        on_ssd = [block.key for block in self._use(keys, owner) if block.ssd is READY]
+        on_ssd = self._use(keys, owner)
         if on_ssd:
             self._journal.touch(on_ssd)
 
-    def _use(self, keys: Sequence[BlockKey], owner: str) -> list[Block]:
+    def _use(self, keys: Sequence[BlockKey], owner: str) -> list[tuple[BlockKey, int]]:
         """`Index.use`. Blocks that the SSD lacks are offered to it again if another request used them before."""
         if not self._selective:
             return self._index.use(keys, owner)
@@ -415,6 +425,7 @@ class BlockManager:
         """The slot files cannot be used in this life: nothing more is read from them or written to them. The journal
         keeps what it knows for the next one."""
         self._drives.never_use()
+        self._index.forget_cold()
         for block in list(self._index.blocks.values()):
             if block.ssd is READY and block.dram is not READY:
                 self._index.forget(block, journal=False)
@@ -445,6 +456,7 @@ class BlockManager:
             if block.dram is MOVING_IN:
                 block.dram = READY
             self._index.forget_and_settle(block, journal=False)
+        self._index.forget_cold()
         self._index.promised.clear()
         self._admission.reset()
         self._journal.clear()

@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kvoffload"
 
 # Each part, and the parts of kvoffload it may import beside itself. A new file must be given its place here.
-VOCABULARY = {"types", "layout", "errors", "garbage"}
+VOCABULARY = {"types", "table", "layout", "errors", "garbage"}
 SHARED = VOCABULARY | {"config", "slots", "metrics"}
-SCHEDULER_SIDE = {"manager", "admission", "books", "index", "drives", "breaker", "estimates", "policy", "store"}
+SCHEDULER_SIDE = {"manager", "admission", "books", "index", "cold", "drives", "breaker", "estimates", "policy", "store"}
 EVERYTHING = SHARED | SCHEDULER_SIDE | {"engine", "worker"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "garbage": set(),
     "layout": {"errors"},
     "types": {"errors", "layout"},
+    "table": {"types"},
     "config": VOCABULARY,
     "slots": VOCABULARY,
     "metrics": VOCABULARY,
@@ -26,14 +27,15 @@ MAY_IMPORT = {
     "worker": SHARED | {"engine"},
     "policy": SHARED,
     "blocks": SHARED,
+    "cold": SHARED | {"blocks"},
     "store": SHARED,
     "breaker": SHARED,
     "estimates": SHARED,
     "admission": SHARED,
     "drives": SHARED | {"breaker", "policy", "blocks"},
-    "index": SHARED | {"drives", "policy", "blocks", "admission"},
+    "index": SHARED | {"drives", "policy", "blocks", "cold", "admission"},
     "books": SHARED | {"index", "drives", "blocks"},
-    "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "store", "admission"},
+    "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "cold", "store", "admission"},
     "vllm": EVERYTHING,
     "cli": EVERYTHING | {"vllm"},
 }

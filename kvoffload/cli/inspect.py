@@ -50,7 +50,7 @@ def blocks(cache: Cache) -> str:
     """Used and possible, where this path has the journal."""
     if cache.journal is None:
         return "" if cache.manifest is None or cache.manifest.path_index == 0 else "see the first path"
-    return f"{len(cache.journal.index)}" + (f" of {cache.manifest.slot_count}" if cache.manifest else "")
+    return f"{len(cache.journal.blocks)}" + (f" of {cache.manifest.slot_count}" if cache.manifest else "")
 
 
 def _row(cache: Cache) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def _row(cache: Cache) -> tuple[str, ...]:
         output.ago(cache.used_at),
         cache.holder or "nobody",
         str(journal.epoch) if journal else "",
-        str(journal.index.touches) if journal else "",
+        str(journal.touches) if journal else "",
     )
 
 
@@ -96,14 +96,14 @@ def _cache_as_json(cache: Cache) -> Mapping[str, Any]:
         "path_index": manifest.path_index if manifest else None,
         "paths": list(manifest.paths) if manifest else None,
         "slots": manifest.slot_count if manifest else None,
-        "slots_used": len(journal.index) if journal else None,
+        "slots_used": len(journal.blocks) if journal else None,
         "disk_bytes": cache.disk_bytes,
         "reserved_bytes": manifest.reserved_bytes if manifest else None,
         "created": manifest.created if manifest else None,
         "last_used": datetime.fromtimestamp(cache.used_at, UTC).isoformat(timespec="seconds"),
         "in_use_by": cache.holder,
         "starts": journal.epoch if journal else None,
-        "uses_noted": journal.index.touches if journal else None,
+        "uses_noted": journal.touches if journal else None,
         "damaged_journal_records": journal.skipped if journal else None,
         "trouble": cache.trouble or None,
         "foreign_file": cache.foreign,

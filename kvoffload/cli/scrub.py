@@ -21,8 +21,8 @@ from kvoffload.layout import FORMAT_VERSION, HEADER_BYTES, slot_bytes, slot_offs
 from kvoffload.store import catalogue, journal, namespace, slotfile
 from kvoffload.store.catalogue import Cache
 from kvoffload.store.directory import Directory, explained
-from kvoffload.store.journal import Entry
 from kvoffload.store.slotfile import Superblock
+from kvoffload.table import Entry
 
 THREADS = 8  # reads in the drive at once
 BATCH = 32  # blocks that a thread takes at a time
@@ -117,7 +117,7 @@ class Scrub:
                 found = journal.read(directory, self._first.fingerprint, slots)
         except (FileNotFoundError, StoreError):
             return []  # removed meanwhile, or made anew for another number of slots
-        return found.index.entries() if found else []
+        return list(found.blocks) if found else []
 
     def _open(self, opened: contextlib.ExitStack) -> dict[tuple[int, int], SlotFile]:
         """The slot files by path index and rank."""

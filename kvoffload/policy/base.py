@@ -1,6 +1,6 @@
 """What the block manager asks of a policy. Scheduler side, one thread."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 from kvoffload.types import BlockKey
@@ -17,6 +17,10 @@ class EvictionPolicy(Protocol):
     def enter(self, key: BlockKey, used: int, depth: int) -> None:
         """The block came into the tier and is held. `used`: when it was last used, which may be long ago. `depth`: its place
         in its request, from 0; 0 also when that is not known. REQUIRES: it is not there."""
+
+    def recover(self, keys: Sequence[BlockKey], used: Sequence[int]) -> None:
+        """What was found at start, each block with when it was last used, in that order; none is held. REQUIRES: nothing is
+        there."""
 
     def use(self, key: BlockKey, now: int, again: bool) -> None:
         """A request uses the block; `again`: the one that used it last. Nothing if it is not there."""

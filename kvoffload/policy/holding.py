@@ -1,16 +1,25 @@
 """What is held: the part that policies made of queues have in common. Scheduler side, one thread."""
 
-from collections.abc import Container, Iterable, MutableMapping
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, MutableMapping, Sequence
 
 from kvoffload.types import BlockKey
 
 
-class Holding:
+class Holding(ABC):
     """A queue policy leaves held blocks in their queues and passes over them: their places are what it knows of them."""
 
     def __init__(self) -> None:
         self._held: set[BlockKey] = set()
         self._where: dict[BlockKey, MutableMapping[BlockKey, int]] = {}  # the queue each block is in
+
+    @abstractmethod
+    def enter(self, key: BlockKey, used: int, depth: int) -> None: ...
+
+    def recover(self, keys: Sequence[BlockKey], used: Sequence[int]) -> None:
+        for key, now in zip(keys, used, strict=True):
+            self.enter(key, now, 0)
+        self._held.clear()
 
     def hold(self, key: BlockKey) -> None:
         if key in self._where:

@@ -8,7 +8,8 @@ Park, Garthwaite, Ahmad, "Efficient MRC Construction with SHARDS", FAST 2015.
 """
 
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from itertools import compress, repeat
 
 from kvoffload.policy.history import History
 from kvoffload.policy.levels import Entry, Levels, level_of
@@ -69,6 +70,17 @@ class Horizon:
         self._held.add(key)
         self._count(key, used, left)
 
+    def recover(self, keys: Sequence[BlockKey], used: Sequence[int]) -> None:
+        entries: list[Entry] = list(zip(used, keys, repeat(1.0), repeat(0)))
+        self._there.update(zip(keys, entries, strict=True))
+        for entry in entries if self._every == 1 else compress(entries, map(self._is_sampled, keys)):
+            for shadow in self._shadows:
+                shadow.use(entry, self._turnover)
+        self._levels.fill(entries)
+        if entries:
+            self._began = used[-1]
+            self._turnover = max(1.0, (used[-1] - used[0] + 1) * self._capacity / len(entries))
+
     def use(self, key: BlockKey, now: int, again: bool) -> None:
         entry = self._there.get(key)
         if entry is None:
@@ -87,13 +99,16 @@ class Horizon:
             uses = 1.0 + known[2] * 2.0 ** ((known[0] - now) / (MEMORY * self._turnover))
             entry = (now, key, uses, level_of(uses))
         self._there[key] = entry
-        if self._every == 1 or zlib.crc32(key) // 7 % self._every == 0:
+        if self._every == 1 or self._is_sampled(key):
             for shadow in self._shadows:
                 shadow.use(entry, self._turnover)
         self._uses += 1
         if self._uses >= self._round:
             self._end_round(now)
         return entry
+
+    def _is_sampled(self, key: BlockKey) -> bool:
+        return zlib.crc32(key) // 7 % self._every == 0
 
     def _end_round(self, now: int) -> None:
         if now > self._began:

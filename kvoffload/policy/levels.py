@@ -41,6 +41,11 @@ class Levels:
             heapq.heapify(heap)
             self._limits[level] = SLACK + 4 * len(heap)
 
+    def fill(self, entries: list[Entry]) -> None:
+        """All of level 0, oldest use first. REQUIRES: nothing was pushed before."""
+        self._heaps[0] = entries
+        self._limits[0] = SLACK + 4 * len(entries)
+
     def pop(self, half_life: float) -> Entry | None:
         """Takes out the least wanted entry that counts: an unused half-life weighs as much as half the uses."""
         there, best, least = self._there, None, math.inf

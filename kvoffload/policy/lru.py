@@ -1,7 +1,7 @@
 """Least recently used first."""
 
 import heapq
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from kvoffload.types import BlockKey
 
@@ -19,6 +19,10 @@ class LRU:
     def enter(self, key: BlockKey, used: int, depth: int) -> None:
         self._used[key] = used
         self._held.add(key)
+
+    def recover(self, keys: Sequence[BlockKey], used: Sequence[int]) -> None:
+        self._used = dict(zip(keys, used, strict=True))
+        self._heap = list(zip(used, keys, strict=True))  # ascending, so a heap
 
     def use(self, key: BlockKey, now: int, again: bool) -> None:
         if key not in self._used:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Self
 
 from ..config import Config
+from ..table import BlockTable, Entry
 from ..types import BlockKey, SlotFiles
 from .digests import Digests
-from .journal import EPOCH_SHIFT, Entry, Kind, Record
+from .journal import EPOCH_SHIFT, Kind, Record
 from .namespace import OWN_DIRECTORIES, Identity
 from .opening import CLOSE_SECONDS, Opened, open_namespace
 from .wear import DriveWear
@@ -83,9 +84,13 @@ class Store:
             own_directories=OWN_DIRECTORIES,
         )
 
+    def table(self) -> BlockTable:
+        """The blocks on SSD; changes still queued are not in it."""
+        return self._writer.table()
+
     def entries(self) -> list[Entry]:
-        """The blocks on SSD, least recently used first; changes still queued are not in it."""
-        return self._writer.entries()
+        """The same, one by one."""
+        return list(self._writer.table())
 
     def next_generation(self) -> int:
         """A number never given before in this namespace, not even if the end of the journal was lost."""
@@ -96,13 +101,13 @@ class Store:
         """Note that every rank wrote the block to its slot. It is now the most recent."""
         self._writer.push((Record(Kind.PUT, key, slot, generation, group),))
 
-    def delete(self, key: BlockKey) -> None:
-        """Note that the block's slot is no longer its own."""
-        self._writer.push((Record(Kind.DELETE, key),))
+    def delete(self, key: BlockKey, slot: int) -> None:
+        """Note that the slot is no longer the block's. Nothing if it was not."""
+        self._writer.push((Record(Kind.DELETE, key, slot),))
 
-    def touch(self, keys: Iterable[BlockKey]) -> None:
-        """Note that the blocks were used, the last one most recently. Keys not on SSD are ignored."""
-        self._writer.push(Record(Kind.TOUCH, key) for key in keys)
+    def touch(self, blocks: Iterable[tuple[BlockKey, int]]) -> None:
+        """Note that the blocks in these slots were used, the last one most recently. Those not there are ignored."""
+        self._writer.push(Record(Kind.TOUCH, key, slot) for key, slot in blocks)
 
     def clear(self) -> None:
         """Note that no block is on SSD any more."""

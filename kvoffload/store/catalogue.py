@@ -99,7 +99,7 @@ def _look_into(directory: Directory, root: Directory, nvme_path: str, name: str)
         directory=directory.path,
         fields=_fields(directory),
         manifest=manifest,
-        journal=found,
+        journal=found and found._replace(good=b""),  # its bytes are for who goes on with it
         trouble=unread or unreplayed or next(iter(unopened), ""),
         holder=namespace.holder(directory, LOCK) if namespace.is_held(directory) else None,
         disk_bytes=root.tree_bytes(name),

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from ..config import Config
 from ..errors import StoreError
 from ..layout import SUPERBLOCK_BYTES
+from ..table import NO_BLOCKS, BlockTable
 from . import capacity, journal, namespace, slotfile
 from .directory import TEMPORARY_SUFFIX, Directory, explained
-from .journal import Index
 from .namespace import Identity, Lock, Manifest
 from .slotfile import REMEDY, Growth, Superblock
 from .writer import JournalWriter
@@ -47,7 +47,8 @@ class Opened:
 class _Found:
     """What a namespace holds."""
 
-    index: Index
+    blocks: BlockTable
+    good: bytes  # of its journal: records that say where these are, and no more than that; empty if there are none such
     epoch: int  # of its last life; 0 if that is not known
     absent: frozenset[tuple[int, int]]  # (path index, rank) of slot files to be made anew
     created: str  # when the namespace was
@@ -80,9 +81,11 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
                 # What is left counts against the cap after all; that alone is no reason not to serve.
                 slot_count = _decide_slots(config, roots, identity, geometry, sharers, [frozenset()] * len(roots))
                 _wait_for_workers(places, found, slot_count)
-            dropped = found.index.drop_slots_from(slot_count)
-            if dropped:
+            kept = found.blocks.below(slot_count)
+            if len(kept) < len(found.blocks):
+                dropped = len(found.blocks) - len(kept)
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
+                found = replace(found, blocks=kept, good=b"")
             writer = _prepare(places, config.nvme_path, found, geometry, slot_count, identity, on_failure)
         on_failure.pop_all()
         return Opened(
@@ -90,7 +93,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
             locks=tuple(locks),
             slot_count=slot_count,
             reserved_bytes=geometry.total_bytes(slot_count),
-            resumed=len(found.index),
+            resumed=len(found.blocks),
             epoch=found.epoch + 1,
             writer=writer,
         )
@@ -188,8 +191,8 @@ def _inspect_or_discard(places: Sequence[Place], identity: Identity, resume: boo
         if resume:
             raise
         logger.warning("starting empty as asked, although: %s", error)
-        return _Found(Index(), 0, _every_file(places), namespace.now())
-    return found if resume else replace(found, index=Index())
+        return _Found(NO_BLOCKS, b"", 0, _every_file(places), namespace.now())
+    return found if resume else replace(found, blocks=NO_BLOCKS, good=b"")
 
 
 def _every_file(places: Sequence[Place]) -> frozenset[tuple[int, int]]:
@@ -211,10 +214,11 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
         if any(size is not None and size > SUPERBLOCK_BYTES for size in sizes.values()):
             logger.warning("%s has no journal: starting with an empty cache", places[0].directory.path)
         # Without the journal nobody knows which generations the slots hold, so the slots go too.
-        return _Found(Index(), 0, _every_file(places), created)
-    index_found, epoch = recovered
+        return _Found(NO_BLOCKS, b"", 0, _every_file(places), created)
     for path_index, place in enumerate(places):
-        highest = index_found.highest_slot(path_index, len(places))
+        slots = recovered.blocks.slots
+        here = slots[slots % len(places) == path_index]
+        highest = int(here.max()) if len(here) else None
         for rank, superblock in enumerate(place.superblocks):
             needed = SUPERBLOCK_BYTES if highest is None else superblock.file_bytes(highest + 1)
             size = sizes[path_index, rank]
@@ -225,7 +229,8 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
                     f"the journal knows of blocks up to byte {needed}): {REMEDY}"
                 )
     absent = frozenset(file for file, size in sizes.items() if size is None)
-    return _Found(index_found, epoch, absent, created)
+    good = b"" if recovered.skipped else recovered.good
+    return _Found(recovered.blocks, good, recovered.epoch, absent, created)
 
 
 def _check_manifest(directory: Directory, path_index: int, path_count: int) -> Manifest | None:
@@ -257,7 +262,7 @@ def _prepare(
     on_failure: contextlib.ExitStack,
 ) -> JournalWriter:
     """Bring the files to where `found` and `slot_count` say. A kill between any two steps leaves a usable namespace."""
-    is_anew = bool(found.absent) and not found.index
+    is_anew = bool(found.absent) and not found.blocks
     for path_index, place in enumerate(places):
         # A journal of other files, or of another order of the paths, must not be found beside new ones.
         if is_anew or path_index > 0:
@@ -268,7 +273,8 @@ def _prepare(
     for path_index, rank in sorted(found.absent):
         slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
     growth = Growth((place.directory, superblock) for place in places for superblock in place.superblocks)
-    writer = JournalWriter(places[0].directory, found.index, slot_count, found.epoch + 1, identity.fingerprint, growth.sync)
+    directory, fingerprint = places[0].directory, identity.fingerprint
+    writer = JournalWriter(directory, slot_count, found.epoch + 1, fingerprint, found.blocks, found.good, growth.sync)
     on_failure.callback(writer.close, CLOSE_SECONDS)
     # Only now: a manifest of fewer slots beside the old, longer journal would make that one look overgrown.
     for path_index, place in enumerate(places):

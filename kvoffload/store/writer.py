@@ -1,5 +1,6 @@
 """The thread that keeps the journal: it takes changes from the scheduler and brings them to disk in its own time."""
 
+import itertools
 import logging
 import os
 import threading
@@ -8,14 +9,16 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from ..errors import StoreError
+from ..table import NO_BLOCKS, BlockTable
 from ..types import KEY_BYTES_MAX
 from . import journal
 from .directory import Directory, write_all
-from .journal import Entry, Index, Kind, Record
+from .journal import Index, Kind, Record
 
 logger = logging.getLogger(__name__)
 
 QUEUE_RECORDS = 1 << 17
+REUSED_MAX = 2  # records for each block, in a journal that a start leaves as it is
 _GATHER_SECONDS = 0.05  # changes that arrive within this time share a write
 _SYNC_SECONDS = 3.0
 _RETRY_SECONDS = 30.0  # after the disk failed
@@ -34,19 +37,22 @@ class JournalWriter:
     def __init__(
         self,
         directory: Directory,
-        index: Index,
         slot_count: int,
         epoch: int,
         fingerprint: bytes,
+        found: BlockTable = NO_BLOCKS,
+        good: bytes = b"",
         before_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes the compacted journal at once (OSError or StoreError if that fails), then starts the thread.
+        """Writes the journal of a new life at once (OSError or StoreError if that fails), then starts the thread.
 
+        `found`: the blocks there are. `good`: records, one whole after the other, that say the same; if they are not many more
+        than needed they are written as they are, which for a million is a second less than making them anew.
         `before_write` runs before anything is written to the journal, for the kernel may bring that to the disk before it
         is asked to; what it raises of these two counts as the disk's failure.
         """
         self._directory = directory
-        self._index = index
+        self._index = Index(slot_count, found)
         self._slot_count = slot_count
         self._limit = journal.size_limit(slot_count)
         self._header = journal.encode_header(epoch, fingerprint)
@@ -68,7 +74,11 @@ class JournalWriter:
         self._compactions = 0
         self._fd = -1
         self._size = self._sequence = 0
-        self._compact()
+        if 0 < len(good) <= REUSED_MAX * len(found) * journal.RECORD_BYTES and len(good) < self._limit:
+            self._before_write()
+            self._replace([good], len(good) // journal.RECORD_BYTES)
+        else:
+            self._compact()
         self._thread = threading.Thread(target=self._run, name="kvoffload-journal", daemon=True)
         self._thread.start()
 
@@ -84,10 +94,10 @@ class JournalWriter:
         if not self._wake.is_set():
             self._wake.set()
 
-    def entries(self) -> list[Entry]:
-        """The blocks on SSD as far as the thread has followed, oldest first."""
+    def table(self) -> BlockTable:
+        """The blocks on SSD as far as the thread has followed."""
         with self._changed:
-            return self._index.entries()
+            return self._index.table()
 
     @property
     def queued(self) -> int:
@@ -185,14 +195,17 @@ class JournalWriter:
     def _compact(self) -> None:
         """Put a journal in place that says what the index says; the old one stays whole until then."""
         self._before_write()
-        records = journal.encode_records(self._index.puts(), 1)
-        fd = self._directory.replace(journal.NAME, (chunk for part in ([self._header], records) for chunk in part))
+        table = self._index.table()
+        self._replace(journal.encode_records(journal.puts(table), 1), len(table))
+        self._compactions += 1
+
+    def _replace(self, body: Iterable[bytes], records: int) -> None:
+        fd = self._directory.replace(journal.NAME, itertools.chain([self._header], body))
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = fd
         self._size = os.fstat(fd).st_size
-        self._sequence = len(self._index) + 1
-        self._compactions += 1
+        self._sequence = records + 1
 
     def _sync(self) -> None:
         if self._failed_at is None:

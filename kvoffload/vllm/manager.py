@@ -36,6 +36,7 @@ from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager, NoJournal
 from kvoffload.metrics import OBSERVATIONS_MAX, zeros
 from kvoffload.store import DriveWear, Store
+from kvoffload.table import NO_BLOCKS
 from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferReport, add_errors
 from kvoffload.vllm import contract
 from kvoffload.vllm.decisions import Decisions, Loads
@@ -130,7 +131,7 @@ class ManagerAdapter(OffloadingManager):
                 dram.slots,
                 2 * geometry.blocks_per_step,
             )
-        entries = self._store.entries() if self._store else []
+        recovered = self._store.table() if self._store else NO_BLOCKS
         ssd_slots = self._store.slot_count if self._store else 0
         slot = slot_bytes(geometry.payload_bytes)
         self._block_bytes = ranks * slot
@@ -139,7 +140,7 @@ class ManagerAdapter(OffloadingManager):
         self._admission = admission.chosen(settings.ssd_admission, budget, self._block_bytes, slots, time.monotonic)
         self._core = BlockManager(
             dram.slots, ssd_slots, ranks, journal,
-            dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=entries,
+            dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=recovered,
             admission=self._admission,
         )  # fmt: skip
         self._decisions = Decisions(self._core.counters, slot)
@@ -148,7 +149,7 @@ class ManagerAdapter(OffloadingManager):
             dram.slots if dram.is_tier else 0,
             ssd_slots,
             slot,
-            len(entries),
+            len(recovered),
             self._store.directory if self._store else "nowhere",
         )
 

@@ -62,7 +62,7 @@ class Filled:
             name, generation = key(first_key + slot), self.store.next_generation()
             for entry in self.store.entries():
                 if entry.slot == slot:
-                    self.store.delete(entry.key)
+                    self.store.delete(entry.key, entry.slot)
             for engine in self.engines:
                 fields: dict[str, Any] = {"generation": generation, "dram_slot": slot % DRAM_SLOTS, "ssd_slot": slot}
                 for kind in (OpKind.COPY_OUT, OpKind.WRITE):

@@ -50,7 +50,7 @@ def test_the_engine_that_uses_a_cache_is_named_and_only_while_it_runs(kvoffload,
 def test_uses_noted_in_the_journal_are_counted_until_it_is_compacted(kvoffload, tmp_path):
     with running(tmp_path, range(3)) as filled:
         for _ in range(4):
-            filled.store.touch([key(0), key(1), key(99)])
+            filled.store.touch([(key(0), 0), (key(1), 1), (key(99), 2)])
         filled.store.flush(10)
         assert caches(kvoffload, tmp_path)[1][0]["uses_noted"] == 8
     fill(tmp_path, ())

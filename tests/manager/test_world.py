@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from kvoffload.blocks import READY
 from kvoffload.breaker import BreakerState
 from kvoffload.manager import BlockManager
+from kvoffload.table import BlockTable, Entry
 from kvoffload.types import Tier
 from tests.manager.world import Mood, World
 
@@ -108,7 +108,7 @@ def test_a_drive_that_lost_writes_loses_those_blocks_only(seed):
     assert lost and sound
     for key in sorted(lost | sound):
         world.manager.load([key], "reader")
-        error = 0 if key in sound or world.manager._index.blocks[key].dram is READY else errno.EBADMSG
+        error = 0 if key in sound or world.manager.tier(key) is Tier.DRAM else errno.EBADMSG
         world.manager.load_done([key], "reader", {key: error} if error else {})
         world.manager.check()
     assert sound <= world.journal.blocks.keys()
@@ -122,7 +122,7 @@ def test_what_was_journalled_is_found_again_after_a_kill(seed, shape):
     survivors = dict(world.journal.blocks)
     assert survivors
     entries = [Entry(key, slot, generation, group) for key, (slot, generation, group) in survivors.items()]
-    again = BlockManager(shape["dram"], shape["ssd"], 2, world.journal, recovered=entries)
+    again = BlockManager(shape["dram"], shape["ssd"], 2, world.journal, recovered=BlockTable.of(entries))
     again.check()
     for key, (slot, generation, _) in survivors.items():
         assert again.lookup(key) is Tier.SSD
@@ -148,8 +148,3 @@ def test_reset_forgets_everything_and_leaks_nothing(seed):
     assert [used for used, _ in world.manager.usage().values()] == [late, 0]
     for _ in range(STEPS // 4):
         world.step()
-
-
-class Entry:
-    def __init__(self, key, slot, generation, group):
-        self.key, self.slot, self.generation, self.group = key, slot, generation, group

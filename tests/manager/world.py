@@ -27,13 +27,13 @@ class MemoryJournal:
         self.blocks = {k: v for k, v in self.blocks.items() if v[0] != slot and k != key}
         self.blocks[key] = (slot, generation, group)
 
-    def delete(self, key):
-        self.blocks.pop(key, None)
+    def delete(self, key, slot):
+        assert self.blocks.pop(key)[0] == slot
 
-    def touch(self, keys):
-        for key in keys:
-            if key in self.blocks:
-                self.blocks[key] = self.blocks.pop(key)
+    def touch(self, blocks):
+        for key, slot in blocks:
+            assert self.blocks[key][0] == slot
+            self.blocks[key] = self.blocks.pop(key)
 
     def clear(self):
         self.blocks.clear()
@@ -235,8 +235,9 @@ class World:
     def check(self) -> None:
         """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else."""
         self.manager.check()
-        on_ssd = {key for key, block in self.manager._index.blocks.items() if block.ssd is READY}
-        assert set(self.journal.blocks) == on_ssd
+        on_ssd = {key: block.ssd_slot for key, block in self.manager._index.blocks.items() if block.ssd is READY}
+        on_ssd.update(self.manager._cold.items())
+        assert {key: slot for key, (slot, *_) in self.journal.blocks.items()} == on_ssd
 
     def _request(self, name: str) -> list[BlockKey]:
         keys = self.rng.choice(self._prefixes)

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.policy.history import History
@@ -32,6 +32,15 @@ class Machine(RuleBasedStateMachine):
         self.model = MODELS[self.name](CAPACITY) if self.name in MODELS else None
         self.held: dict[bytes, bool] = {}  # of each block there
         self.now = 0
+
+    @initialize(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=CAPACITY))
+    def recover(self, keys):
+        self.policy.recover(keys, range(3, 3 + 4 * len(keys), 4))
+        for key in keys:
+            self.held[key] = False
+            if self.model:
+                self.model.enter(key, self.now + 3)
+            self.now += 4
 
     @rule(key=st.sampled_from(KEYS), ago=st.integers(0, 3), held=st.booleans())
     def enter(self, key, ago, held):

@@ -11,7 +11,7 @@ import pytest
 from kvoffload.errors import StoreError
 from kvoffload.store import journal, writer
 from kvoffload.store.directory import Directory
-from kvoffload.store.journal import Index, Kind, Record
+from kvoffload.store.journal import Kind, Record
 from kvoffload.store.writer import JournalWriter
 from tests.store.helpers import key, namespace_of, open_store, write_blocks
 
@@ -48,7 +48,7 @@ def test_slot_files_are_synced_before_a_compacted_journal_replaces_the_old(tmp_p
         write_blocks(store, range(3))
     with monkeypatch.context() as seam:
         events = watch(seam)
-        with open_store(tmp_path) as store:  # compacts at once
+        with open_store(tmp_path) as store:  # writes its journal at once
             before = events[: events.index("rename index.journal")]
             assert {"sync rank0of2.slots", "sync rank1of2.slots"} <= set(before)
             events.clear()
@@ -79,7 +79,7 @@ def test_clear_rewrites_the_journal_so_that_no_damage_can_hide_it(tmp_path: Path
         assert store.flush(5)
         records = (namespace_of(tmp_path) / "index.journal").read_bytes()[journal.HEADER_BYTES :]
         assert len(records) == journal.RECORD_BYTES
-        assert store.stats().compactions == 2
+        assert store.stats().compactions == 2  # of an empty store at its start, and of CLEAR
 
 
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), StoreError("x is not a regular file"), MemoryError()])
@@ -105,20 +105,20 @@ def test_the_thread_survives_every_failure_and_catches_up(
         monkeypatch.setattr(writer, "write_all", failing(writer.write_all))
     if where == "compact":
         monkeypatch.setattr(directory, "replace", failing(directory.replace))
-    under_test = JournalWriter(directory, Index(), 8, 1, FINGERPRINT, before_write)
+    under_test = JournalWriter(directory, 8, 1, FINGERPRINT, before_write=before_write)
     broken.set()
-    for record in (Record(Kind.CLEAR), PUT, Record(Kind.TOUCH, b"k")):
+    for record in (Record(Kind.CLEAR), PUT, Record(Kind.TOUCH, b"k", PUT.slot)):
         under_test.push([record])
         assert under_test.flush(5)
     broken.clear()
     assert under_test.flush(5)
     assert under_test.close(5)
     found = journal.load(directory, FINGERPRINT, 8)
-    assert found is not None and [entry.key for entry in found[0].entries()] == [b"k"]
+    assert found is not None and [entry.key for entry in found.blocks] == [b"k"]
 
 
 def test_a_key_that_is_no_bytes_is_dropped_and_counted(directory: Directory) -> None:
-    under_test = JournalWriter(directory, Index(), 8, 1, FINGERPRINT)
+    under_test = JournalWriter(directory, 8, 1, FINGERPRINT)
     under_test.push([PUT._replace(key="text"), PUT])
     assert under_test.flush(5)
     assert under_test.dropped == 1

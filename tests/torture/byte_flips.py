@@ -72,7 +72,7 @@ class Victim:
             path.mkdir(parents=True)
         self.shape = Shape(paths, slots=10, dram_slots=10, dram_is_tier=True)
         in_child(self._fill)
-        self.entries: list[Entry] = in_child(self._entries)  # which leaves a journal of one record for each
+        self.entries: list[Entry] = in_child(self._entries)
         self.whole = {file: file.read_bytes() for path in paths for file in path.rglob("*") if file.is_file()}
 
     def _fill(self) -> None:
@@ -84,8 +84,13 @@ class Victim:
         deployment.close()
 
     def _entries(self) -> list[Entry]:
+        """Leaves a journal of one record for each."""
         with self.shape.open_store() as store:
-            assert not load_all(store, store.entries(), "auto")
+            entries = store.entries()
+            assert not load_all(store, entries, "auto")
+            store._writer._limit = 0  # so that the next change compacts it
+            store.touch([(entries[-1].key, entries[-1].slot)])
+            assert store.flush(10)
             return store.entries()
 
     def files(self, name: str) -> list[Path]:

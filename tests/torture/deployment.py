@@ -138,8 +138,8 @@ class Deployment:
         self.rng, self.notes = rng, notes
         self.may_miss = may_miss
         self.store = shape.open_store(resume)
-        recovered = self.store.entries()
-        assert recovered == expected, f"opened with {recovered}, expected {expected}"
+        recovered = self.store.table()
+        assert list(recovered) == expected, f"opened with {list(recovered)}, expected {expected}"
         notes.stage = OPEN
         self.journal = NotedStore(self.store, notes)
         self.ranks = [Rank(self.store, rank, backend, shape.dram_slots) for rank in range(RANKS)]

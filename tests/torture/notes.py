@@ -127,14 +127,14 @@ class NotedStore:
         self._notes.add_change(Kind.PUT, key, slot, generation, group)
         self._store.put(key, slot, generation, group)
 
-    def delete(self, key: BlockKey) -> None:
+    def delete(self, key: BlockKey, slot: int) -> None:
         self._notes.add_change(Kind.DELETE, key)
-        self._store.delete(key)
+        self._store.delete(key, slot)
 
-    def touch(self, keys: Iterable[BlockKey]) -> None:
-        for key in keys:
+    def touch(self, blocks: Iterable[tuple[BlockKey, int]]) -> None:
+        for key, slot in blocks:
             self._notes.add_change(Kind.TOUCH, key)
-            self._store.touch([key])
+            self._store.touch([(key, slot)])
 
     def clear(self) -> None:
         self._notes.add_change(Kind.CLEAR)

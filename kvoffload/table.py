@@ -1,0 +1,54 @@
+"""Blocks on SSD as columns: what the store finds at start and hands to the block manager. A million of them have no object each."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvoffload.types import BlockKey
+
+
+class Entry(NamedTuple):
+    """One block known to be on SSD."""
+
+    key: BlockKey
+    slot: int
+    generation: int
+    group: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """A row for each block, the least recently used first. Keys and slots are unique."""
+
+    keys: list[BlockKey]
+    slots: NDArray[np.uint32]
+    generations: NDArray[np.uint64]
+    groups: NDArray[np.uint16]
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Self:
+        rows = list(entries)
+        slots = np.array([row.slot for row in rows], np.uint32)
+        generations = np.array([row.generation for row in rows], np.uint64)
+        return cls([row.key for row in rows], slots, generations, np.array([row.group for row in rows], np.uint16))
+
+    def below(self, slot_count: int) -> Self:
+        """Those in the first so many slots."""
+        kept = np.flatnonzero(self.slots < slot_count)
+        if len(kept) == len(self):
+            return self
+        keys = [self.keys[row] for row in kept.tolist()]
+        return type(self)(keys, self.slots[kept], self.generations[kept], self.groups[kept])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[Entry]:
+        columns = self.slots.tolist(), self.generations.tolist(), self.groups.tolist()
+        return map(Entry, self.keys, *columns)
+
+
+NO_BLOCKS = BlockTable.of([])
