@@ -108,24 +108,21 @@ class BlockManager:
 
     def tier(self, key: BlockKey) -> Tier | None:
         block = self._index.blocks.get(key)
-        if block is not None and block.dram is READY and self.dram_is_tier:
+        if block is None:
+            slot = self._cold.slot(key)
+        elif block.dram is READY and self.dram_is_tier:
             return DRAM
-        return SSD if self._may_read(key, block) else None
+        else:
+            slot = block.ssd_slot if block.ssd is READY else None
+        return SSD if slot is not None and (self._drives.all_well or self._drives.of(slot).may_read(key)) else None
 
     def tiers(self, key: BlockKey) -> list[Tier]:
         """Every tier the block can be loaded from, the nearest first."""
         nearest = self.tier(key)
-        if nearest is DRAM and self._may_read(key, self._index.blocks[key]):
+        slot = self._index.ssd_slot(key) if nearest is DRAM else None
+        if slot is not None and self._drives.of(slot).may_read(key):
             return [DRAM, SSD]
         return [] if nearest is None else [nearest]
-
-    def _may_read(self, key: BlockKey, block: Block | None) -> bool:
-        """Whether the block, which is cold if it is None, can be had from the SSD."""
-        if block is None:
-            slot = self._cold.slot(key)
-        else:
-            slot = block.ssd_slot if block.ssd is READY else None
-        return slot is not None and (self._drives.all_well or self._drives.of(slot).may_read(key))
 
     def pending(self) -> bool:
         """Whether there is background work that needs further steps now. An idle engine steps a thousand times a second,

@@ -75,6 +75,31 @@ def test_a_slot_belongs_to_the_last_block_put_into_it(tmp_path: Path) -> None:
         assert [entry.key for entry in store.entries()] == [b"other"]
 
 
+def test_a_key_put_elsewhere_while_its_delete_was_lost_is_in_the_later_slot_only(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, [0, 1, 2, 4])
+        store.put(key(1), 4, store.next_generation(), 0)
+        store._writer._limit = 0  # so that the next change compacts the journal
+        store.touch([(key(0), 0)])
+    with open_store(tmp_path) as store:
+        assert [(entry.key, entry.slot) for entry in store.entries()] == [(key(2), 2), (key(1), 4), (key(0), 0)]
+
+
+def test_a_start_goes_on_with_the_journal_it_finds_unless_it_grew_long(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(5))
+        store.touch([(key(2), 2)])
+    path = namespace_of(tmp_path) / "index.journal"
+    found = path.read_bytes()
+    with open_store(tmp_path) as store:
+        kept = path.read_bytes()
+        assert kept[journal.HEADER_BYTES :] == found[journal.HEADER_BYTES :] and kept != found
+        store.touch([(key(number), number) for number in range(5)])
+    with open_store(tmp_path) as store:
+        assert path.stat().st_size == journal.HEADER_BYTES + 5 * journal.RECORD_BYTES
+        assert [entry.slot for entry in store.entries()] == list(range(5))
+
+
 def test_clear_forgets_everything(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         write_blocks(store, range(5))
