@@ -1,7 +1,7 @@
 """What deciding costs with a million blocks in the index: nothing is moved, but block manager, policy and journal are real.
 
     recovery  opening the store and taking its blocks into the index, after a restart
-    memory    what the process grew by for them, per block
+    memory    what the process holds for them, per block, and what it grew by
     lookup    a prefix of 2,000 blocks, all of them held
     store     64 new blocks, each of which evicts one from DRAM
     demotion  the same 64 to the SSD, each of which evicts one there: planned and acknowledged
@@ -12,6 +12,7 @@ Medians over the rounds, with the least and the greatest; recovery and memory on
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -94,6 +95,8 @@ def measure(folder: Path, blocks: int, rounds: int) -> dict[str, object]:
         held = table.keys[len(table) // 2 :]  # the older half is evicted meanwhile
         del table
         grown = resident_bytes() - before
+        ctypes.CDLL(None).malloc_trim(0)  # malloc keeps what it was given back, for the next that asks
+        held_bytes = resident_bytes() - before
         filled = Rounds()  # DRAM and what is left of the SSD, so that what follows evicts
         for number in range((DRAM_SLOTS + store.slot_count - len(held) * 2) // STORED + 1):
             filled.run(manager, held, number)
@@ -104,7 +107,8 @@ def measure(folder: Path, blocks: int, rounds: int) -> dict[str, object]:
         "blocks": blocks,
         "open_s": opened_at - begun,
         "index_s": recovered_at - opened_at,
-        "bytes_per_block": grown / blocks,
+        "bytes_per_block": held_bytes / blocks,
+        "grown_per_block": grown / blocks,
         **{f"{name}_ms": [second * 1e3 for second in seconds] for name, seconds in measured.seconds.items()},
     }
 
@@ -121,9 +125,10 @@ def verdicts(found: dict) -> list[tuple[str, str, str]]:
 
     demotion = [plan + ack for plan, ack in zip(found["plan_ms"], found["ack_ms"], strict=True)]
     recovery = found["open_s"] + found["index_s"]
+    memory = f"{found['bytes_per_block']:.0f} bytes ({found['grown_per_block']:.0f} with what malloc keeps of freed ones)"
     return [
         (f"recovery of {found['blocks']} blocks", f"{recovery:.2f} s (open {found['open_s']:.2f} s)", met(recovery, 1)),
-        ("memory per block", f"{found['bytes_per_block']:.0f} bytes", met(found["bytes_per_block"], 400)),
+        ("memory per block", memory, met(found["bytes_per_block"], 400)),
         (f"lookup of {PREFIX} blocks", spread(found["lookup_ms"]), met(statistics.median(found["lookup_ms"]), 1)),
         (f"store of {STORED} blocks with evictions", spread(found["store_ms"]), met(statistics.median(found["store_ms"]), 0.3)),
         (f"demotion of {STORED} blocks with evictions", spread(demotion), "no goal"),
