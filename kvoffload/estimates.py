@@ -27,6 +27,7 @@ PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
 SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
 PROBE_LOSS = 0.05  # of what computing takes: so long a probe may last
+PATIENCE = 4.0  # times what a load should take, after which the drive is another than it was. What arrived until then is kept.
 PATIENCE_MIN_S, PROBE_PATIENCE_MIN_S = 0.25, 0.1  # that any load is given: less says more about a busy machine than about a drive
 
 
@@ -219,9 +220,10 @@ class Estimates:
         else:
             self._probing.pop(Prefill.size(max(1, total - ends[-1])), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
-        patience_s = max(PATIENCE_MIN_S, whole - (self._recompute_s(total, ends[best]) or 0.0))
+        saved_s = whole - (self._recompute_s(total, ends[best]) or 0.0)
+        patience_s = max(PATIENCE_MIN_S, min(saved_s, PATIENCE * loads[best]))
         if any(self._load[part.tier].is_new for part in parts[:best]):
-            return Decision(ends[best], kind, Why.LEARNING, None, patience_s)
+            return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s))
         return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
 
     def _probe_rest(self, now: float, total: int, end: int, load_s: float, best_s: float) -> Decision | None:
