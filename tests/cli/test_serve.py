@@ -12,6 +12,7 @@ import pytest
 from kvoffload.cli import main
 from kvoffload.cli.serve import VLLM
 from kvoffload.config import Config
+from kvoffload.vllm import window
 
 SSD = ["--nvme-path", "/nvme", "--ssd-kv-offload-gb", "500"]
 SSD_SETTINGS = {"nvme_path": ["/nvme"], "ssd_kv_offload_gb": 500}
@@ -198,6 +199,7 @@ def test_behind_two_dashes_nothing_is_ours_and_the_connector_stays_before_them(s
         (["m", *SSD, "--nvme-path="], "must not hold an empty path"),
         (["m", *SSD, "--nvme-path", "/nvme"], "list each path once"),
         (["m", "--ssd-kv-offload-gb"], "needs a value"),
+        (["m", "--nvme-path", "--ssd-kv-offload-gb", "5"], "--nvme-path needs a value"),
         (["m", *SSD, "--disable-gpu-reuse=true"], "takes no value"),
     ],
 )
@@ -206,6 +208,61 @@ def test_what_users_do_wrong_is_one_sentence(serve, arguments, says):
     assert done.code == 2
     assert says in done.err and len(done.err.splitlines()) == 1
     assert done.out == ""
+
+
+def test_a_value_may_begin_with_dashes_behind_an_equals_sign(serve):
+    assert serve("m", *SSD, "--nvme-path=--odd").settings["nvme_path"][1].endswith("/--odd")
+
+
+KV_TRANSFER = ["kv-transfer-config", "kv_transfer_config", "kv-transfer-config.kv_role", "kv_offloading_size"]
+
+
+@pytest.mark.parametrize("spelling", KV_TRANSFER)
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+def test_another_connector_in_the_file_of_config_is_refused_as_on_the_command_line(serve, tmp_path, spelling, joined):
+    file = tmp_path / "vllm.yaml"
+    file.write_text(f"model: m\nport: 8000\n{spelling}: {{}}\n")
+    option = [f"--config={file}"] if joined else ["--config", file]
+    done = serve(*option, *SSD)
+    assert done.code == 2 and done.out == "" and len(done.err.splitlines()) == 1
+    assert f"--{spelling.replace('_', '-')} in {file} sets up KV transfer" in done.err
+    assert serve(*option).arguments == list(map(str, option))  # plain vLLM may have it
+
+
+@pytest.mark.parametrize("text", ["model: m\nport: 8000", "", "- a\n- b", "{", "\x00", None])
+def test_any_other_file_of_config_is_left_to_vllm(serve, tmp_path, text):
+    file = tmp_path / "vllm.yaml"
+    if text is not None:
+        file.write_text(text)
+    done = serve("--config", file, *SSD)
+    assert done.code == 0 and done.arguments[:3] == ["--config", str(file), "--kv-transfer-config"]
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "seed"),
+    [("0.26.0", None, "0"), ("0.28.1+cpu", None, "0"), ("0.28.1", "7", "7"), ("0.29.0", None, None), ("0.33.0", None, None)],
+)
+def test_block_hashes_are_the_same_at_every_start_of_any_vllm(serve, monkeypatch, version, given, seed):
+    monkeypatch.setattr(window, "installed", lambda: version)
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if given:
+        monkeypatch.setenv("PYTHONHASHSEED", given)
+    started = {}
+    monkeypatch.setattr("os.execvpe", lambda _file, _command, environment: started.update(environment))
+    assert serve("m", *SSD, dry_run=False).code == 0
+    assert started.get("PYTHONHASHSEED") == seed
+    shown = serve("m", *SSD).out
+    assert shown.startswith("PYTHONHASHSEED=0 ") == (seed == "0")
+    started.clear()
+    serve("m", dry_run=False)
+    assert started.get("PYTHONHASHSEED") == given  # plain vLLM stays as it is
+
+
+def test_a_vllm_outside_the_window_is_refused_before_it_starts(serve, monkeypatch):
+    monkeypatch.setattr(window, "installed", lambda: "0.34.0")
+    done = serve("m", *SSD)
+    assert done.code == 2 and "kvoffload runs with vLLM 0.26 to 0.33, and this is 0.34.0" in done.err
+    assert serve("m").arguments == ["m"]
 
 
 @pytest.mark.parametrize(
