@@ -216,14 +216,7 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
     for path_index, place in enumerate(places):
         highest = index_found.highest_slot(path_index, len(places))
         for rank, superblock in enumerate(place.superblocks):
-            needed = SUPERBLOCK_BYTES if highest is None else superblock.file_bytes(highest + 1)
-            size = sizes[path_index, rank]
-            if highest is not None and (size is None or size < needed):
-                state = "missing (" if size is None else f"truncated ({size} bytes, "
-                raise StoreError(
-                    f"slot file {os.path.join(place.directory.path, superblock.file_name)} is {state}"
-                    f"the journal knows of blocks up to byte {needed}): {REMEDY}"
-                )
+            slotfile.refuse_short(place.directory, superblock, sizes[path_index, rank], highest)
     absent = frozenset(file for file, size in sizes.items() if size is None)
     return _Found(index_found, epoch, absent, created)
 
