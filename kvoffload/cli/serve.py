@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from kvoffload.config import AUTOMATIC, Config
 from kvoffload.errors import UserError
+from kvoffload.store.directory import Directory, explained
 from kvoffload.vllm import window
 
 # Not `vllm`, which only some builds of vLLM can run; -P, because a folder called vllm may lie in the working directory.
@@ -123,6 +124,9 @@ def serve(
         return
     if find_spec("vllm") is None:
         raise UserError(f"vLLM is not installed for {sys.executable}: install it there with pip install vllm")
+    for path in config.nvme_path if config.enabled else ():
+        with explained(path), Directory.open(path, only_look=True):
+            pass  # else the engine would say so, in a traceback, once the model is loaded
     sys.stdout.flush()
     os.execvpe(command[0], command, os.environ | added)  # signals reach vLLM itself, and its exit code is the command's
 

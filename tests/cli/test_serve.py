@@ -242,20 +242,36 @@ def test_any_other_file_of_config_is_left_to_vllm(serve, tmp_path, text):
     ("version", "given", "seed"),
     [("0.26.0", None, "0"), ("0.28.1+cpu", None, "0"), ("0.28.1", "7", "7"), ("0.29.0", None, None), ("0.33.0", None, None)],
 )
-def test_block_hashes_are_the_same_at_every_start_of_any_vllm(serve, monkeypatch, version, given, seed):
+def test_block_hashes_are_the_same_at_every_start_of_any_vllm(serve, monkeypatch, tmp_path, version, given, seed):
+    ssd = ["--nvme-path", tmp_path]
     monkeypatch.setattr(window, "installed", lambda: version)
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     if given:
         monkeypatch.setenv("PYTHONHASHSEED", given)
     started = {}
     monkeypatch.setattr("os.execvpe", lambda _file, _command, environment: started.update(environment))
-    assert serve("m", *SSD, dry_run=False).code == 0
+    assert serve("m", *ssd, dry_run=False).code == 0
     assert started.get("PYTHONHASHSEED") == seed
-    shown = serve("m", *SSD).out
+    shown = serve("m", *ssd).out
     assert shown.startswith("PYTHONHASHSEED=0 ") == (seed == "0")
     started.clear()
     serve("m", dry_run=False)
     assert started.get("PYTHONHASHSEED") == given  # plain vLLM stays as it is
+
+
+def test_a_path_that_no_engine_could_use_is_told_before_a_model_is_loaded(serve, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr("os.execvpe", lambda *command: started.append(command))
+    (tmp_path / "file").touch()
+    for name, says in (("nowhere", "does not exist: create it"), ("file", "is not a directory")):
+        flags = ["--nvme-path", tmp_path / name]
+        done = serve("m", *flags, dry_run=False)
+        assert done.code == 2 and says in done.err and len(done.err.splitlines()) == 1
+        assert serve("m", *flags).code == 0  # the command may be for another machine
+    assert not started
+    assert serve("m", "--nvme-path", tmp_path, dry_run=False).code == 0 and started
+    assert serve("m", "--nvme-path", tmp_path / "nowhere", "--disable-kv-cache", dry_run=False).code == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_vllm_outside_the_window_is_refused_before_it_starts(serve, monkeypatch):
