@@ -15,6 +15,7 @@ from kvoffload.errors import UserError
 
 FOUND = 1  # exit code: what was looked for was found, or what was asked for could not be done in full
 PIPE_WIDTH = 1000
+NAME_WIDTH = 12  # of a namespace as it is shown, by which a row is told from others
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -72,7 +73,7 @@ def printable(text: object) -> str:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     # What does not fit is folded: half of a path or a process is no use.
     made = Table(*(Column(name, overflow="fold") for name in columns), title=plain(title), title_justify="left", title_style="bold")
-    made.columns[0].no_wrap = True  # by which a row is told from others
+    made.columns[0].no_wrap = all(len(str(row[0])) <= NAME_WIDTH for row in rows)
     for row in rows:
         made.add_row(*(plain(cell) for cell in row))
     console = Console()

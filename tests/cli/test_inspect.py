@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,8 @@ def test_in_a_pipe_a_row_is_a_line_and_on_a_narrow_terminal_nothing_is_cut(kvoff
     assert "a" * 200 in row and "nobody" in row
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     out = kvoffload("inspect", tmp_path).out
-    assert name in out and "\u2026" not in out
+    assert name in out and "\u2026" not in out and max(len(re.sub("\x1b.*?m", "", line)) for line in out.splitlines()) == 80
+    assert "uses" in out  # the last column
 
 
 def test_one_directory_by_two_names_is_a_mistake(kvoffload, tmp_path):
