@@ -43,6 +43,11 @@ class BlockTable:
         keys = [self.keys[row] for row in kept.tolist()]
         return type(self)(keys, self.slots[kept], self.generations[kept], self.groups[kept])
 
+    def highest_slot(self, path_index: int, path_count: int) -> int | None:
+        """The highest slot in use of those striped to one path."""
+        here = self.slots[self.slots % path_count == path_index]
+        return int(here.max()) if len(here) else None
+
     def __len__(self) -> int:
         return len(self.keys)
 

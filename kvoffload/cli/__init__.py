@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from kvoffload.cli import output
 from kvoffload.cli.bench import bench
 from kvoffload.cli.clean import clean
 from kvoffload.cli.doctor import doctor
@@ -29,5 +30,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"kvoffload: {error}", file=sys.stderr)
+        print(f"kvoffload: {output.printable(error)}", file=sys.stderr)  # it may repeat what stands in a file
         sys.exit(2)

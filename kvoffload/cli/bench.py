@@ -11,13 +11,18 @@ from kvoffload.cli.passes import Sample
 
 COLUMNS = ("", "GB/s", "half within", "99 % within", "CPU per GB")
 GB, KIB = 10**9, 1024
+SIZE_MAX, SECONDS_MAX = 10**6, 3600  # GB; what is longer is no measurement but wear
 
 
 def bench(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A directory on the drive, for example an nvme_path.")],
-    size_gb: Annotated[float, typer.Option(min=0.001, help="Space to use; it is free again afterwards.")] = 1.0,
-    block_kib: Annotated[int, typer.Option(min=8, max=16384, help="A block's size on the drive.")] = 2048,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To write, and to read, after the space was filled once.")] = 4.0,
+    size_gb: Annotated[
+        float, typer.Option(metavar="GB", min=0.001, max=SIZE_MAX, help="Space to use; it is free again afterwards.")
+    ] = 1.0,
+    block_kib: Annotated[int, typer.Option(metavar="KIB", min=8, max=16384, help="A block's size on the drive.")] = 2048,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=0.1, max=SECONDS_MAX, help="To write, and to read, after the space was filled once.")
+    ] = 4.0,
     json: Annotated[bool, typer.Option("--json", help="For programs: bytes and seconds.")] = False,
 ) -> None:
     """Measures what the engine writes to a drive and reads from it: blocks at random places, checksums as always.

@@ -91,7 +91,7 @@ def _chosen(caches: Sequence[Cache], model: str | None, age: float | None, every
 
 def obsolete(parts: Sequence[Cache]) -> str:
     """Why no engine that could be started here would use the cache again; "" if one might."""
-    trouble = next((part.trouble for part in parts if part.trouble), "")
+    trouble = next((part.refusal for part in parts if part.refusal), "")
     if "newer than" in trouble:
         return ""  # a newer kvoffload's
     if trouble:

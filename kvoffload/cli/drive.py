@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,6 +78,4 @@ def scratch(path: str) -> Iterator[Path]:
     try:
         yield Path(folder)
     finally:
-        for each in os.listdir(folder):
-            os.unlink(os.path.join(folder, each))
-        os.rmdir(folder)
+        shutil.rmtree(folder)

@@ -29,7 +29,7 @@ def inspect(
     else:
         for path in found:
             _print(path)
-    if any(cache.trouble for path in found for cache in path.caches):
+    if any(cache.refusal for path in found for cache in path.caches):
         raise typer.Exit(output.FOUND)
 
 
@@ -40,8 +40,8 @@ def _print(path: Path) -> None:
     title = f"{path.path}: {caches}; the drive has {free}"
     output.table(title, COLUMNS, [_row(cache) for cache in path.caches])
     for cache in path.caches:
-        if cache.trouble:
-            output.say(f"{cache.name[:12]}: {cache.trouble}")
+        if cache.refusal:
+            output.say(f"{cache.name[:12]}: {cache.refusal}")
         if cache.foreign:
             output.say(f"{cache.name[:12]}: holds {cache.foreign}, which is not kvoffload's")
 
@@ -105,6 +105,6 @@ def _cache_as_json(cache: Cache) -> Mapping[str, Any]:
         "starts": journal.epoch if journal else None,
         "uses_noted": journal.touches if journal else None,
         "damaged_journal_records": journal.skipped if journal else None,
-        "trouble": cache.trouble or None,
+        "trouble": cache.refusal or None,
         "foreign_file": cache.foreign,
     }

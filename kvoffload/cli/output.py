@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from kvoffload.errors import UserError
 
 FOUND = 1  # exit code: what was looked for was found, or what was asked for could not be done in full
+PIPE_WIDTH = 1000
+NAME_WIDTH = 12  # of a namespace as it is shown, by which a row is told from others
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -24,7 +26,18 @@ def absolute(paths: Sequence[str]) -> list[str]:
     for path in found:
         if found.count(path) > 1:
             raise UserError(f"{path} is named more than once: name each path once")
+        other = next((other for other in found if other != path and _are_one(path, other)), None)
+        if other is not None:
+            raise UserError(f"{path} and {other} are one directory: name it once")
     return found
+
+
+def _are_one(path: str, other: str) -> bool:
+    """By a bind mount, or a symlink above them."""
+    try:
+        return os.path.samestat(os.lstat(path), os.lstat(other))
+    except OSError:
+        return False  # whoever opens them says why
 
 
 def amount(nbytes: float) -> str:
@@ -50,16 +63,23 @@ def ago(moment: float) -> str:
 
 def plain(text: object) -> Text:
     """Of text that may come from a file: neither markup nor control characters take effect."""
-    return Text("".join(character if character.isprintable() else "?" for character in str(text)))
+    return Text(printable(text))
+
+
+def printable(text: object) -> str:
+    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    made = Table(*columns, title=plain(title), title_justify="left", title_style="bold")
+    # What does not fit is folded: half of a path or a process is no use.
+    made = Table(*(Column(name, overflow="fold") for name in columns), title=plain(title), title_justify="left", title_style="bold")
+    made.columns[0].no_wrap = all(len(str(row[0])) <= NAME_WIDTH for row in rows)
     for row in rows:
         made.add_row(*(plain(cell) for cell in row))
     console = Console()
-    # A pipe has no width; there a row stays a line.
-    console.print(made, soft_wrap=False, width=None if console.is_terminal else max(160, console.width))
+    if not console.is_terminal:  # a pipe has no width; there a row stays a line
+        console.width = max(console.width, console.measure(made, options=console.options.update(width=PIPE_WIDTH)).maximum)
+    console.print(made)
 
 
 def say(text: str) -> None:

@@ -130,14 +130,20 @@ class Scrub:
             for name in part.slot_files:
                 try:
                     there = slotfile.read(directory, name)
+                    if there is None:
+                        continue  # removed meanwhile
+                    superblock = Superblock.decode(there[0])
+                    if superblock.file_name != name:
+                        raise StoreError(f"{name} was made as {superblock.file_name}")
+                    file = open_slot_file(directory, superblock)
+                except FileNotFoundError:
+                    continue
                 except StoreError as error:
                     self._damage(None, None, str(error), part.directory)
                     continue
-                if there is not None:
-                    file = open_slot_file(directory, Superblock.decode(there[0]))
-                    opened.callback(os.close, file.fd)
-                    files[file.superblock.path_index, file.superblock.rank] = file
-                    self._result.buffered += not file.is_direct
+                opened.callback(os.close, file.fd)
+                files[file.superblock.path_index, file.superblock.rank] = file
+                self._result.buffered += not file.is_direct
         return files
 
     def _blocks(self, entries: Sequence[Entry], files: dict[tuple[int, int], SlotFile]) -> list[Block]:

@@ -1,18 +1,24 @@
 """`kvoffload serve`: vLLM's OpenAI server with kvoffload turned on. What is not ours goes to `vllm serve` as it is."""
 
+import contextlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from typer.core import TyperCommand
 
 from kvoffload.config import AUTOMATIC, Config
 from kvoffload.errors import UserError
+from kvoffload.store.directory import Directory, explained
+from kvoffload.vllm import window
 
 # Not `vllm`, which only some builds of vLLM can run; -P, because a folder called vllm may lie in the working directory.
 VLLM = (sys.executable, "-P", "-m", "kvoffload.vllm.command", "serve")
@@ -55,8 +61,8 @@ class ServeCommand(TyperCommand):
                 if equals:
                     raise UserError(f"{name} is a switch and takes no value: leave out {equals + value!r}")
                 ours.append(name)
-            elif not equals and not rest:
-                raise UserError(f"{name} needs a value: write it behind the option")
+            elif not equals and (not rest or rest[0].startswith("--")):
+                raise UserError(f"{name} needs a value: write it behind the option ({name}=VALUE if it begins with dashes)")
             else:
                 ours.append(f"{name}={value if equals else rest.pop(0)}")
         super().parse_args(ctx, ours)
@@ -109,16 +115,20 @@ def serve(
         given["ssd_kv_offload_gb"] = AUTOMATIC
     config = Config.parse({key: value for key, value in given.items() if value is not None})
     command = [*VLLM, *(with_connector(context.args, config) if config.enabled else context.args)]
+    added = environment(os.environ) if config.enabled else {}
     if not config.enabled:
         reason = "--disable-kv-cache is set" if disable_kv_cache else "give --nvme-path or --dram-kv-offload-gb to offload"
         print(f"kvoffload: plain vLLM, nothing is offloaded: {reason}", file=sys.stderr)
     if dry_run:
-        print(shlex.join(command))
+        print(shlex.join([*(f"{name}={value}" for name, value in added.items()), *command]))
         return
     if find_spec("vllm") is None:
         raise UserError(f"vLLM is not installed for {sys.executable}: install it there with pip install vllm")
+    for path in config.nvme_path if config.enabled else ():
+        with explained(path), Directory.open(path, only_look=True):
+            pass  # else the engine would say so, in a traceback, once the model is loaded
     sys.stdout.flush()
-    os.execvp(command[0], command)  # signals reach vLLM itself, and its exit code is the command's
+    os.execvpe(command[0], command, os.environ | added)  # signals reach vLLM itself, and its exit code is the command's
 
 
 def with_connector(args: Sequence[str], config: Config) -> list[str]:
@@ -126,16 +136,37 @@ def with_connector(args: Sequence[str], config: Config) -> list[str]:
     end = args.index("--") if "--" in args else len(args)
     for argument in args[:end]:
         _refuse_other_connector(argument)
+    for file, name in _named_in_files(args[:end]):
+        _refuse_other_connector(f"--{name}", f" in {file}")
     settings: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     transfer = {**CONNECTOR, "kv_connector_extra_config": settings}
     return [*args[:end], "--kv-transfer-config", json.dumps(transfer), *args[end:]]
 
 
-def _refuse_other_connector(argument: str) -> None:
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """What vLLM's environment needs beside what is given, for its cache to be found again after a restart."""
+    installed = window.installed()
+    # Before, vLLM draws the seed of its block hashes at each start, unless this names one.
+    draws_seed = installed is not None and window.release(installed) < window.FIXED_HASH_SEED
+    return {"PYTHONHASHSEED": "0"} if draws_seed and "PYTHONHASHSEED" not in given else {}
+
+
+def _named_in_files(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Options in a file of vLLM's --config, and its name. What is wrong with such a file vLLM itself says."""
+    files = [value for name, value in pairwise(args) if name == "--config"]
+    files += [argument.removeprefix("--config=") for argument in args if argument.startswith("--config=")]
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            found = yaml.safe_load(Path(file).read_text())
+            yield from ((file, str(name)) for name in found) if isinstance(found, dict) else ()
+
+
+def _refuse_other_connector(argument: str, where: str = "") -> None:
     name = argument.partition("=")[0].replace("_", "-")
     if name.startswith(("--kv-t", "--kv-o")):  # vLLM takes an option by its beginning, and --kv-transfer-config.kv_role too
         raise UserError(
-            f"{name} sets up KV transfer, and so does kvoffload serve: leave it out, or leave out kvoffload's sizes to use it"
+            f"{name}{where} sets up KV transfer, and so does kvoffload serve: "
+            "leave it out, or leave out kvoffload's sizes to use it"
         )
 
 

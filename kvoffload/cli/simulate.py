@@ -17,21 +17,28 @@ from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.types import Tier
 
 GB = 10**9
+GB_MAX = 10**9  # an exabyte
 SHARES = (1, 5, 10, 25, 50)  # percent of a trace's different blocks, for a sweep
 CLAIRVOYANT = "clairvoyant"
 
 
 def simulate(
-    trace: Annotated[Path, typer.Option(help="Requests in JSON lines, as Mooncake or Bailian publish them.")],
-    dram_gb: Annotated[float, typer.Option(min=0, help="The DRAM tier, in GB.")] = 0,
-    ssd_gb: Annotated[float, typer.Option(min=0, help="The SSD tier, in GB.")] = 0,
-    policy: Annotated[str, typer.Option(help=f"Which block leaves first: {', '.join(POLICIES)}.")] = DEFAULT,
-    ssd_admission: Annotated[Admissions, typer.Option(help="What is written to the SSD.")] = "all",
-    ssd_write_gb_per_day: Annotated[float | None, typer.Option(min=0, help="Budget of writes, on the trace's clock.")] = None,
-    kv_bytes_per_token: Annotated[int, typer.Option(min=1, help="Of all layers; 131072 is an 8B model's in 16 bits.")] = 131072,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests of the trace.")] = None,
-    sweep: Annotated[bool, typer.Option(help="All policies, with SSD tiers of 1 to 50 % of the trace's blocks.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Where a sweep draws its curves (.png, .svg, .pdf).")] = None,
+    trace: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines as of Mooncake or Bailian.")],
+    dram_gb: Annotated[float, typer.Option(metavar="GB", help="The DRAM tier.")] = 0,
+    ssd_gb: Annotated[float, typer.Option(metavar="GB", help="The SSD tier.")] = 0,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which block leaves first: {', '.join(POLICIES)}.")] = DEFAULT,
+    ssd_admission: Annotated[Admissions, typer.Option(metavar="WHICH", help="To the SSD: all, or second-touch.")] = "all",
+    ssd_write_gb_per_day: Annotated[
+        float | None, typer.Option(metavar="GB", help="Budget of writes, on the trace's clock.")
+    ] = None,
+    kv_bytes_per_token: Annotated[
+        int, typer.Option(metavar="BYTES", help="The default is an 8B model's in 16 bits.")
+    ] = 131072,
+    limit: Annotated[int | None, typer.Option(metavar="COUNT", help="Only the first requests of the trace.")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", metavar="", help="All policies, SSDs of 1 to 50 % of its blocks.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Where a sweep draws curves (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Replays a trace through the block manager, and reports hits and bytes written. No data is moved.
 
@@ -39,6 +46,11 @@ def simulate(
 
     Exit code: 0; 2 for a mistake in the call or the trace.
     """
+    for size in (dram_gb, ssd_gb, ssd_write_gb_per_day or 0):
+        if not 0 <= size <= GB_MAX:
+            raise UserError(f"{size:g} GB is no size of a tier or a budget; give 0 to {GB_MAX:g}")
+    if kv_bytes_per_token < 1 or (limit is not None and limit < 1):
+        raise UserError("--kv-bytes-per-token and --limit count something; give 1 or more")
     if policy not in POLICIES:
         raise UserError(f"there is no policy {policy!r}; take one of {', '.join(POLICIES)}")
     if plot and not sweep:

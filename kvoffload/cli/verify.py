@@ -40,6 +40,9 @@ def verify(
     _refuse_halves(sound)
     results = _scrubbed([parts for parts in sound if any(part.journal for part in parts)])
     damage += [each for result in results for each in result.damage]
+    damaged = {each.namespace for each in damage}
+    refused = [cache for cache in caches if cache.refusal and cache.name not in damaged]
+    damage += [Damage(cache.name, cache.directory, None, None, cache.refusal) for cache in refused]
     _report(results, damage, json)
     if damage:
         raise typer.Exit(output.FOUND)

@@ -58,6 +58,15 @@ class Identity:
             separators=(",", ":"),
             allow_nan=False,
         )
+        return cls._of_text(text)
+
+    @classmethod
+    def shown(cls, shown: Mapping[str, Any]) -> Self:
+        """The one that a manifest shows, if it shows all of it; else another."""
+        return cls._of_text(json.dumps(shown, sort_keys=True, separators=(",", ":")))
+
+    @classmethod
+    def _of_text(cls, text: str) -> Self:
         return cls(text, hashlib.blake2b(text.encode(), digest_size=32).digest())
 
     def for_people(self) -> dict[str, Any]:

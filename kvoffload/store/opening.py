@@ -216,18 +216,9 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
         # Without the journal nobody knows which generations the slots hold, so the slots go too.
         return _Found(NO_BLOCKS, b"", 0, _every_file(places), created)
     for path_index, place in enumerate(places):
-        slots = recovered.blocks.slots
-        here = slots[slots % len(places) == path_index]
-        highest = int(here.max()) if len(here) else None
+        highest = recovered.blocks.highest_slot(path_index, len(places))
         for rank, superblock in enumerate(place.superblocks):
-            needed = SUPERBLOCK_BYTES if highest is None else superblock.file_bytes(highest + 1)
-            size = sizes[path_index, rank]
-            if highest is not None and (size is None or size < needed):
-                state = "missing (" if size is None else f"truncated ({size} bytes, "
-                raise StoreError(
-                    f"slot file {os.path.join(place.directory.path, superblock.file_name)} is {state}"
-                    f"the journal knows of blocks up to byte {needed}): {REMEDY}"
-                )
+            slotfile.refuse_short(place.directory, superblock, sizes[path_index, rank], highest)
     absent = frozenset(file for file, size in sizes.items() if size is None)
     good = b"" if recovered.skipped else recovered.good
     return _Found(recovered.blocks, good, recovered.epoch, absent, created)

@@ -70,8 +70,9 @@ def remove_digests(nvme_path: str) -> None:
 def other_parts(nvme_paths: Sequence[str], name: str, manifest: Manifest) -> list[str]:
     """Paths beside the given ones that hold a part of the namespace: of a part alone, an engine would refuse what is left."""
     found = []
-    for path in manifest.paths:
-        if path not in nvme_paths:
+    for index, path in enumerate(manifest.paths):
+        # Where this part lay when it was opened last may be a copy of it now.
+        if index != manifest.path_index and path not in nvme_paths:
             with contextlib.suppress(OSError, StoreError), catalogue.open_root(path, only_look=True) as root:
                 if namespace.is_namespace(root, name):
                     found.append(path)

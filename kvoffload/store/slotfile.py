@@ -111,6 +111,19 @@ def check(directory: Directory, superblock: Superblock) -> int | None:
     return size
 
 
+def refuse_short(directory: Directory, superblock: Superblock, size: int | None, highest: int | None) -> None:
+    """StoreError if a file of `size` bytes (None: there is none) cannot hold the highest slot that the journal knows in it."""
+    if highest is None:
+        return
+    needed = superblock.file_bytes(highest + 1)
+    if size is None or size < needed:
+        state = "missing (" if size is None else f"truncated ({size} bytes, "
+        raise StoreError(
+            f"slot file {os.path.join(directory.path, superblock.file_name)} is {state}"
+            f"the journal knows of blocks up to byte {needed}): {REMEDY}"
+        )
+
+
 def is_longer(directory: Directory, superblock: Superblock, slot_count: int) -> bool:
     """Whether the slot file, which exists, has room for slots beyond `slot_count`."""
     with directory.located(superblock.file_name):

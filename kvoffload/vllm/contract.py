@@ -14,7 +14,7 @@ from vllm.version import __version__ as VLLM_VERSION
 
 from kvoffload.errors import ConfigError
 from kvoffload.types import Tier
-from kvoffload.vllm.window import release
+from kvoffload.vllm.window import FIXED_HASH_SEED, release
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -98,7 +98,7 @@ def kv_cache_layout(config: "VllmConfig") -> str:
 
 def draws_hash_seed(algorithm: str) -> bool:
     """Whether vLLM draws a new seed for its block hashes at every start, unless PYTHONHASHSEED is set."""
-    return VERSION < (0, 29) or "xxhash" in algorithm
+    return VERSION < FIXED_HASH_SEED or "xxhash" in algorithm
 
 
 # -- what vLLM keeps of a request --------------------------------------------------------------------------------------

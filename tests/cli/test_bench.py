@@ -84,3 +84,10 @@ def test_kill_9_in_the_middle_leaves_nothing(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_until(lambda: list(tmp_path.iterdir()) == [])
+
+
+@pytest.mark.parametrize("option", ["--size-gb", "--seconds"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e9"])
+def test_a_measurement_without_an_end_is_a_mistake(kvoffload, tmp_path, option, value):
+    done = kvoffload("bench", tmp_path, f"{option}={value}")
+    assert done.code == 2 and option in done.err and list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import threading
@@ -271,6 +272,15 @@ def test_what_is_not_ours_stays(kvoffload, tmp_path):
     foreign.unlink()
     assert kvoffload("clean", tmp_path, "--all", "--yes").code == 0
     assert [each.name for each in tmp_path.iterdir()] == ["kvoffload"] and names(tmp_path) == {"f" * 32}
+
+
+def test_a_copy_of_a_store_is_removed_without_the_store_that_it_was_made_of(kvoffload, tmp_path):
+    (tmp_path / "first").mkdir()
+    fill(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    before = snapshot(tmp_path / "first")
+    assert kvoffload("clean", tmp_path / "copy", "--all", "--yes").code == 0
+    assert not names(tmp_path / "copy") and snapshot(tmp_path / "first") == before
 
 
 def test_a_striped_cache_goes_from_all_its_paths_or_from_none(kvoffload, tmp_path):

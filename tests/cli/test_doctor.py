@@ -1,5 +1,6 @@
 """`kvoffload doctor`: each check finds what is well, and what is not, in the real thing where it can be had."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from kvoffload.cli import path_checks, system_checks
 from kvoffload.cli.drive import Figures
 from kvoffload.cli.finding import Level
 from kvoffload.cli.passes import Sample
+from kvoffload.store.directory import Directory
 from kvoffload.vllm import window
 from tests.engine import fake_cuda
 from tests.engine.loop_device import small_file_system
@@ -125,6 +127,16 @@ def test_a_path_that_cannot_be_used_is_fatal_and_nothing_more_is_asked_of_it(tmp
     (tmp_path / "file").touch()
     (finding,) = path_checks.checked(str(tmp_path / name))
     assert finding.level is Level.FATAL and finding.remedy
+
+
+def test_a_drive_that_is_full_is_said_to_be_full_and_nothing_is_left_on_it(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Directory, "replace", full)
+    (finding,) = path_checks.checked(str(tmp_path))
+    assert finding.level is Level.FATAL and "No space left on device" in finding.found and "is a directory" not in finding.found
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_in_memory_costs_and_takes_no_direct_io_or_does():

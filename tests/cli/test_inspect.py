@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from kvoffload.errors import StoreError
 from tests.cli.helpers import fill, flip, namespace_of, running, slot_at, snapshot
-from tests.store.helpers import key, slot_file, used_bytes
+from tests.store.helpers import OTHER_UID, key, slot_file, used_bytes
 
 
 def caches(kvoffload, *paths):
@@ -74,6 +76,104 @@ def test_a_cache_that_engines_would_refuse_is_shown_with_the_reason(kvoffload, t
     assert done.code == 1 and "is damaged" in done.out
     done, (cache,) = caches(kvoffload, tmp_path)
     assert done.code == 1 and name in cache["trouble"]
+
+
+def shorten(namespace: Path) -> None:
+    os.truncate(namespace / "rank1of2.slots", slot_at(3))
+
+
+def lose(namespace: Path) -> None:
+    (namespace / "rank0of2.slots").unlink()
+
+
+def rename(namespace: Path) -> None:
+    (namespace / "rank0of2.slots").rename(namespace / "rank0of4.slots")
+
+
+def swap(namespace: Path) -> None:
+    for name, other in (("rank0of2.slots", "x"), ("rank1of2.slots", "rank0of2.slots"), ("x", "rank1of2.slots")):
+        (namespace / name).rename(namespace / other)
+
+
+def take_anothers(namespace: Path) -> None:
+    other = namespace.parents[1] / "other"
+    other.mkdir()
+    fill(other, model="another")
+    slot_file(other).replace(namespace / "rank0of2.slots")
+
+
+@pytest.mark.parametrize("damage", [shorten, lose, rename, swap, take_anothers])
+def test_files_that_do_not_belong_together_are_told_as_an_engine_would_refuse_them(kvoffload, tmp_path, damage):
+    fill(tmp_path)
+    damage(namespace_of(tmp_path))
+    with pytest.raises(StoreError) as refused:
+        fill(tmp_path)
+    done, (cache,) = caches(kvoffload, tmp_path)
+    assert done.code == 1 and cache["trouble"] == str(refused.value)
+    done = kvoffload("verify", tmp_path)
+    assert done.code == 1 and done.err == ""
+    assert kvoffload("clean", tmp_path, "--yes").code == 0
+    assert not list((tmp_path / "kvoffload").glob("*/"))
+
+
+def second_name(namespace: Path) -> None:
+    os.link(namespace / "lock", namespace.parents[1] / "hard")
+
+
+def other_kind(namespace: Path) -> None:
+    (namespace / "lock").unlink()
+    os.mkfifo(namespace / "lock")
+
+
+def other_owner(namespace: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(namespace, OTHER_UID, OTHER_UID)
+    else:
+        namespace.chmod(0)
+
+
+@pytest.mark.parametrize("damage", [second_name, other_kind, other_owner])
+def test_a_cache_that_cannot_be_looked_into_hides_no_other(kvoffload, tmp_path, damage):
+    fill(tmp_path, model="bad")
+    bad = namespace_of(tmp_path)
+    fill(tmp_path, megabytes=40, model="good")
+    damage(bad)
+    done, found = caches(kvoffload, tmp_path)
+    assert done.code == 1 and len(found) == 2
+    assert {bool(cache["trouble"]) for cache in found} == {True, False}
+    assert (json.loads(kvoffload("verify", tmp_path, "--json").out))["blocks"] == 12
+    assert kvoffload("clean", tmp_path, "--model", "good", "--yes").code == 0
+    done = kvoffload("clean", tmp_path, "--all", "--yes")
+    assert done.code == 1 and "stays" in done.out and bad.exists()
+
+
+def test_json_is_strict_whatever_a_manifest_holds(kvoffload, tmp_path):
+    fill(tmp_path)
+    manifest = namespace_of(tmp_path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"fields": {', '"fields": {"x": NaN, "y": -Infinity,'))
+    out = kvoffload("inspect", tmp_path, "--json").out
+    json.loads(out, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_in_a_pipe_a_row_is_a_line_and_on_a_narrow_terminal_nothing_is_cut(kvoffload, tmp_path, monkeypatch):
+    fill(tmp_path, model="a" * 200)
+    monkeypatch.setenv("COLUMNS", "80")
+    name = namespace_of(tmp_path).name[:12]
+    (row,) = (line for line in kvoffload("inspect", tmp_path).out.splitlines() if name in line)
+    assert "a" * 200 in row and "nobody" in row
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    out = kvoffload("inspect", tmp_path).out
+    assert name in out and "\u2026" not in out and max(len(re.sub("\x1b.*?m", "", line)) for line in out.splitlines()) == 80
+    assert "uses" in out  # the last column
+
+
+def test_one_directory_by_two_names_is_a_mistake(kvoffload, tmp_path):
+    (tmp_path / "real").mkdir()
+    fill(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for command in (["inspect"], ["verify"], ["clean", "--all", "--yes"]):
+        done = kvoffload(*command, tmp_path / "real", tmp_path / "link" / "real")
+        assert done.code == 2 and "are one directory: name it once" in done.err
 
 
 def test_what_is_damaged_in_a_slot_is_not_seen_here(kvoffload, tmp_path):

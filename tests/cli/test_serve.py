@@ -12,6 +12,7 @@ import pytest
 from kvoffload.cli import main
 from kvoffload.cli.serve import VLLM
 from kvoffload.config import Config
+from kvoffload.vllm import window
 
 SSD = ["--nvme-path", "/nvme", "--ssd-kv-offload-gb", "500"]
 SSD_SETTINGS = {"nvme_path": ["/nvme"], "ssd_kv_offload_gb": 500}
@@ -198,6 +199,7 @@ def test_behind_two_dashes_nothing_is_ours_and_the_connector_stays_before_them(s
         (["m", *SSD, "--nvme-path="], "must not hold an empty path"),
         (["m", *SSD, "--nvme-path", "/nvme"], "list each path once"),
         (["m", "--ssd-kv-offload-gb"], "needs a value"),
+        (["m", "--nvme-path", "--ssd-kv-offload-gb", "5"], "--nvme-path needs a value"),
         (["m", *SSD, "--disable-gpu-reuse=true"], "takes no value"),
     ],
 )
@@ -206,6 +208,77 @@ def test_what_users_do_wrong_is_one_sentence(serve, arguments, says):
     assert done.code == 2
     assert says in done.err and len(done.err.splitlines()) == 1
     assert done.out == ""
+
+
+def test_a_value_may_begin_with_dashes_behind_an_equals_sign(serve):
+    assert serve("m", *SSD, "--nvme-path=--odd").settings["nvme_path"][1].endswith("/--odd")
+
+
+KV_TRANSFER = ["kv-transfer-config", "kv_transfer_config", "kv-transfer-config.kv_role", "kv_offloading_size"]
+
+
+@pytest.mark.parametrize("spelling", KV_TRANSFER)
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+def test_another_connector_in_the_file_of_config_is_refused_as_on_the_command_line(serve, tmp_path, spelling, joined):
+    file = tmp_path / "vllm.yaml"
+    file.write_text(f"model: m\nport: 8000\n{spelling}: {{}}\n")
+    option = [f"--config={file}"] if joined else ["--config", file]
+    done = serve(*option, *SSD)
+    assert done.code == 2 and done.out == "" and len(done.err.splitlines()) == 1
+    assert f"--{spelling.replace('_', '-')} in {file} sets up KV transfer" in done.err
+    assert serve(*option).arguments == list(map(str, option))  # plain vLLM may have it
+
+
+@pytest.mark.parametrize("text", ["model: m\nport: 8000", "", "- a\n- b", "{", "\x00", None])
+def test_any_other_file_of_config_is_left_to_vllm(serve, tmp_path, text):
+    file = tmp_path / "vllm.yaml"
+    if text is not None:
+        file.write_text(text)
+    done = serve("--config", file, *SSD)
+    assert done.code == 0 and done.arguments[:3] == ["--config", str(file), "--kv-transfer-config"]
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "seed"),
+    [("0.26.0", None, "0"), ("0.28.1+cpu", None, "0"), ("0.28.1", "7", "7"), ("0.29.0", None, None), ("0.33.0", None, None)],
+)
+def test_block_hashes_are_the_same_at_every_start_of_any_vllm(serve, monkeypatch, tmp_path, version, given, seed):
+    ssd = ["--nvme-path", tmp_path]
+    monkeypatch.setattr(window, "installed", lambda: version)
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if given:
+        monkeypatch.setenv("PYTHONHASHSEED", given)
+    started = {}
+    monkeypatch.setattr("os.execvpe", lambda _file, _command, environment: started.update(environment))
+    assert serve("m", *ssd, dry_run=False).code == 0
+    assert started.get("PYTHONHASHSEED") == seed
+    shown = serve("m", *ssd).out
+    assert shown.startswith("PYTHONHASHSEED=0 ") == (seed == "0")
+    started.clear()
+    serve("m", dry_run=False)
+    assert started.get("PYTHONHASHSEED") == given  # plain vLLM stays as it is
+
+
+def test_a_path_that_no_engine_could_use_is_told_before_a_model_is_loaded(serve, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr("os.execvpe", lambda *command: started.append(command))
+    (tmp_path / "file").touch()
+    for name, says in (("nowhere", "does not exist: create it"), ("file", "is not a directory")):
+        flags = ["--nvme-path", tmp_path / name]
+        done = serve("m", *flags, dry_run=False)
+        assert done.code == 2 and says in done.err and len(done.err.splitlines()) == 1
+        assert serve("m", *flags).code == 0  # the command may be for another machine
+    assert not started
+    assert serve("m", "--nvme-path", tmp_path, dry_run=False).code == 0 and started
+    assert serve("m", "--nvme-path", tmp_path / "nowhere", "--disable-kv-cache", dry_run=False).code == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_vllm_outside_the_window_is_refused_before_it_starts(serve, monkeypatch):
+    monkeypatch.setattr(window, "installed", lambda: "0.34.0")
+    done = serve("m", *SSD)
+    assert done.code == 2 and "kvoffload runs with vLLM 0.26 to 0.33, and this is 0.34.0" in done.err
+    assert serve("m").arguments == ["m"]
 
 
 @pytest.mark.parametrize(
@@ -220,11 +293,11 @@ def test_without_vllm_a_dry_run_works_and_a_run_says_what_is_missing(arguments, 
 
 
 def test_help_fits_one_screen_and_gives_an_example(serve, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     done = serve("model", "--help", dry_run=False)
     assert done.code == 0
     lines = done.out.splitlines()
-    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
     assert "Example: kvoffload serve" in done.out
     for key in Config.model_fields:
         assert "--" + key.replace("_", "-") in done.out

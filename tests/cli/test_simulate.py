@@ -134,6 +134,31 @@ def test_the_command_tells_what_admission_refused(tmp_path):
     assert all("0 times" not in output and "times" in output for output in written[1:])
 
 
+def figure(name, *arguments):
+    done = kvoffload(*arguments)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if name in line)
+    return line.split("│")[2].strip()
+
+
+def test_only_the_first_requests_are_replayed_with_a_limit(tmp_path):
+    replay = ["--trace", mooncake(tmp_path / "a"), "--ssd-gb", 1]
+    assert figure("prompt tokens asked for", *replay) == f"{512 * sum(map(len, CHATS)):,}"
+    assert figure("prompt tokens asked for", *replay, "--limit", 2) == f"{512 * 7:,}"
+
+
+def test_a_block_takes_what_its_tokens_take(tmp_path):
+    replay = ["--trace", mooncake(tmp_path / "a"), "--ssd-gb", 1000]
+    assert figure("written to SSD", *replay, "--kv-bytes-per-token", 1_000_000) == "4.1 GB"  # 8 blocks of 512 tokens
+    assert figure("written to SSD", *replay, "--kv-bytes-per-token", 2_000_000) == "8.2 GB"
+
+
+def test_the_policy_decides_what_leaves(tmp_path):
+    trace = mooncake(tmp_path / "a", [[0], [1], [0], [2], [0]])  # two blocks fit: the oldest, 0, is the one that is used
+    hits = {name: figure("of these hit", "--trace", trace, "--dram-gb", 0.14, "--policy", name) for name in ("lru", "fifo")}
+    assert hits == {"lru": "1,024 (40.0%)", "fifo": "512 (20.0%)"}
+
+
 def test_a_sweep_draws_its_curves(tmp_path):
     plot = tmp_path / "curves.svg"
     done = kvoffload("--trace", mooncake(tmp_path / "a"), "--sweep", "--plot", plot)
@@ -154,6 +179,10 @@ def test_a_sweep_draws_its_curves(tmp_path):
         ('{"hash_ids": [1]}', ["--policy", "best"], "take one of"),
         ('{"hash_ids": [1]}', ["--dram-gb", 1, "--ssd-write-gb-per-day", 1], "give --ssd-gb"),
         ('{"hash_ids": [1], "timestamp": "noon"}', ["--ssd-gb", 1], "timestamp 'noon' is no number"),
+        ('{"hash_ids": [1]}', ["--dram-gb", "inf"], "no size of a tier"),
+        ('{"hash_ids": [1]}', ["--ssd-gb", "nan"], "no size of a tier"),
+        ('{"hash_ids": [1]}', ["--ssd-gb", 1, "--ssd-write-gb-per-day", "-1"], "no size of a tier"),
+        ('{"hash_ids": [1]}', ["--ssd-gb", 1, "--limit", 0], "give 1 or more"),
         ('{"hash_ids": [1]}', ["--plot", "x.png"], "add --sweep"),
         ('{"hash_ids": [1]}', ["--sweep", "--plot", "no/such/x.png"], "cannot be drawn"),
     ],
