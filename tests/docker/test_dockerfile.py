@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from dockerfile_parse import DockerfileParser
 
 import kvoffload
 from kvoffload.vllm import window
+from tests.chart.helm import CHART, Helm
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -90,13 +92,24 @@ def test_what_is_copied_is_all_that_the_wheel_is_built_from(steps, tmp_path):
 def test_it_runs_as_a_numbered_user_and_becomes_the_server_without_a_shell(steps):
     (user,) = values(steps, "USER")
     uid, gid = map(int, user.split(":"))
-    assert uid >= 10000 and gid >= 10000, "no user of a machine has it"
-    assert f"useradd --uid {uid} --gid {gid} " in scripts(steps)[2]
+    assert uid > 0 and f"useradd --non-unique --uid {uid} --gid {gid} " in scripts(steps)[2]
     (entrypoint,) = values(steps, "ENTRYPOINT")
     assert json.loads(entrypoint) == ["kvoffload", "serve"]
     assert not values(steps, "CMD")
     order = [step["instruction"] for step in steps]
     assert "RUN" not in order[order.index("USER") :]
+
+
+def test_user_home_and_command_are_those_that_the_chart_starts_it_with(steps, tmp_path):
+    rendered = Helm(tmp_path, tmp_path / "none")("template", CHART, "--set", "vllm.args.model=/m")
+    (workload,) = (each for each in yaml.safe_load_all(rendered) if each and each["kind"] == "StatefulSet")
+    pod = workload["spec"]["template"]["spec"]
+    server = pod["containers"][0]
+    assert values(steps, "USER") == ["{runAsUser}:{runAsGroup}".format(**pod["securityContext"])]
+    assert server["command"][:2] == json.loads(values(steps, "ENTRYPOINT")[0])
+    homes = {each["value"] for each in server["env"] if each["name"] == "HOME"}
+    assert homes == {values(steps, "ENV")[0].removeprefix("HOME=")} == set(values(steps, "WORKDIR")[1:])
+    assert server["image"].endswith(f":{kvoffload.__version__}")
 
 
 def test_its_labels_are_those_of_the_open_container_initiative_and_the_version_is_ours(steps):
