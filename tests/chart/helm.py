@@ -1,22 +1,18 @@
 """Helm itself, in a folder of its own and with the cluster that a file describes."""
 
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "charts" / "kvoffload-inference"
+from tests.chart.rendering import program
 
 
 class Helm:
-    PROGRAM = Path(sys.executable).with_name("helm")
-
     def __init__(self, home: Path, kubeconfig: Path):
         self.home = home
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "KUBECONFIG": str(kubeconfig)}
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
-        command = [str(word) for word in (self.PROGRAM, *words)]
+        command = [str(word) for word in (program("helm"), *words)]
         return subprocess.run(command, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=120)
 
     def __call__(self, *words: object) -> str:

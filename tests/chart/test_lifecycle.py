@@ -8,7 +8,8 @@ import pytest
 
 from tests.chart.api_server import serving
 from tests.chart.cluster import Cluster
-from tests.chart.helm import CHART, Helm
+from tests.chart.helm import Helm
+from tests.chart.rendering import CHART
 
 RELEASE = "llama"
 NAME = f"{RELEASE}-kvoffload-inference"
@@ -96,20 +97,18 @@ def test_a_rollback_brings_back_what_was_and_the_history_says_so(cluster, helm):
     assert history[-1]["description"] == "Rollback to 1"
 
 
-def test_helm_test_runs_a_pod_and_takes_it_away_again(cluster, helm):
+def test_helm_test_runs_a_pod_and_shows_what_it_said_and_can_be_run_again(cluster, helm):
     install(helm)
-    assert "Phase:          Succeeded" in helm("test", RELEASE)
-    assert cluster.names("pods") == []
+    for _ in range(2):
+        said = helm("test", RELEASE, "--logs")
+        assert "Phase:          Succeeded" in said and f"what {NAME}-test said" in said
 
 
-def test_helm_test_fails_when_its_pod_does_and_leaves_it_for_a_look(cluster, helm):
+def test_helm_test_fails_when_its_pod_does(cluster, helm):
     install(helm)
     cluster.pods_succeed = False
     done = helm.run("test", RELEASE)
     assert done.returncode != 0 and "Phase:          Failed" in done.stdout, done
-    assert cluster.names("pods") == [f"{NAME}-test"]
-    cluster.pods_succeed = True
-    helm("test", RELEASE)
 
 
 @pytest.mark.parametrize(("retention", "left"), [("Retain", [CLAIM]), ("Delete", [])])
@@ -118,6 +117,14 @@ def test_uninstall_takes_all_but_the_claims_that_are_to_stay(cluster, helm, rete
     helm("uninstall", RELEASE, *WAIT)
     assert cluster.names("persistentvolumeclaims") == left
     assert {plural for plural, *_ in cluster.objects} <= {"persistentvolumeclaims"}
+
+
+def test_uninstall_leaves_what_the_test_made(cluster, helm):
+    """So Helm treats hooks; docs/kubernetes.md says how to take it away."""
+    install(helm)
+    helm("test", RELEASE)
+    helm("uninstall", RELEASE, *WAIT)
+    assert cluster.names("pods") == cluster.names("configmaps") == [f"{NAME}-test"]
 
 
 def test_a_cache_is_found_again_by_a_release_of_the_same_name(cluster, helm):
@@ -153,4 +160,11 @@ def test_a_larger_tier_is_refused_by_kubernetes_until_the_set_is_taken_away_from
     assert refused.returncode != 0 and "updates to statefulset spec for fields other than" in refused.stderr
     cluster.delete("statefulsets", "default", NAME)  # kubectl delete statefulset --cascade=orphan
     upgrade(helm, **larger)
+    assert "--ssd-kv-offload-gb 900" in " ".join(command(cluster))
+
+
+def test_the_cap_can_be_raised_within_a_size_that_was_given(cluster, helm):
+    roomy = {"kvCache__size": "1200Gi"}
+    install(helm, **roomy)
+    upgrade(helm, vllm__args__ssdKvOffloadGb=900, **roomy)
     assert "--ssd-kv-offload-gb 900" in " ".join(command(cluster))

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,11 @@ from dockerfile_parse import DockerfileParser
 
 import kvoffload
 from kvoffload.vllm import window
-from tests.chart.helm import CHART, Helm
+from tests.chart.helm import Helm
+from tests.chart.rendering import CHART, program
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-PROGRAMS = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +52,14 @@ def below(path: Path) -> set[Path]:
 
 
 def test_the_linter_finds_nothing():
-    done = subprocess.run([PROGRAMS / "hadolint", DOCKERFILE], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program("hadolint"), DOCKERFILE], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_run_script_passes_shellcheck(steps):
     assert len(scripts(steps)) == 3
     for script in scripts(steps):
-        command = [PROGRAMS / "shellcheck", "--shell=sh", "-"]
+        command = [program("shellcheck"), "--shell=sh", "-"]
         done = subprocess.run(command, input=script + "\n", capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout
 

@@ -11,13 +11,13 @@ import yaml
 
 from tests.chart.api_server import serving
 from tests.chart.cluster import Cluster
-from tests.chart.helm import CHART, Helm
+from tests.chart.helm import Helm
+from tests.chart.rendering import CHART, program
 from tests.cli.helpers import Command, fill
 from tests.docs.test_docs import COMMANDS, OF_CLUSTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "kubernetes.md"
-SHORT = {"pod": "pods", "pvc": "persistentvolumeclaims", "service": "services", "statefulset": "statefulsets"}
 FILE = re.compile(r'```yaml title="(\S+)"\n(.*?)```', re.DOTALL)
 VALUES = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
 TESTED_KUBERNETES = "1.31"
@@ -28,6 +28,10 @@ def steps() -> Iterator[tuple[str, str]]:
     for found in re.finditer(rf"{FILE.pattern}|^\$ ([^\n]*)", PAGE.read_text(), re.DOTALL | re.MULTILINE):
         name, content, command = found.groups()
         yield (name, content) if name else ("", command)
+
+
+def plural(kind: str) -> str:
+    return "persistentvolumeclaims" if kind == "pvc" else f"{kind}s"
 
 
 class Reader:
@@ -42,24 +46,22 @@ class Reader:
             {"helm": self.helm, "kubectl": self.kubectl, "docker": self.docker}[program](*words)
 
     def exists(self, kind: str, name: str) -> bool:
-        if kind == "pod":
-            name = name.rpartition("-")[0]
-            kind = "statefulset"
-        return name in self.cluster.names(SHORT[kind])
+        of_set = kind == "pod" and name.rpartition("-")[0] in self.cluster.names("statefulsets")
+        return of_set or name in self.cluster.names(plural(kind))
 
     def kubectl(self, verb: str, *words: str) -> None:
         if verb == "apply":
             assert words[0] == "-f" and (self.helm.home / words[1]).exists()
             return
-        if verb == "rollout":
-            words = words[1:]
-        kind, _, name = words[0].rpartition("/")
-        if verb == "delete":
-            kind, name = words[:2]
-        assert self.exists(kind or "pod", name), f"kubectl {verb} names {name}, and there are {sorted(self.cluster.objects)}"
-        if verb == "delete" and kind != "pod":  # a pod that is deleted comes again
-            self.cluster.delete(SHORT[kind], "default", name)
-        elif verb == "exec":
+        words = words[1:] if verb == "rollout" else words  # rollout status
+        count = len([word for word in words if not word.startswith("-")]) if verb == "delete" else 1
+        for word in words[:count]:
+            kind, _, name = word.rpartition("/")
+            kind = kind or "pod"
+            assert self.exists(kind, name), f"kubectl {verb} names {word}, and there are {sorted(self.cluster.objects)}"
+            if verb == "delete" and (plural(kind), "default", name) in self.cluster.objects:  # a pod of a set comes again
+                self.cluster.delete(plural(kind), "default", name)
+        if verb == "exec":
             assert words[1:3] == ("--", "kvoffload")
             done = self.kvoffload(*(word.replace("/mnt/nvme0", str(self.helm.home / "kv")) for word in words[3:]))
             assert done.code == 0, done.err
@@ -104,7 +106,7 @@ def test_amounts_that_the_page_names_are_those_of_the_chart(tmp_path):
 def test_the_drive_that_the_page_declares_is_valid_and_large_enough(tmp_path):
     (declared,) = (content for name, content in steps() if name == "drive.yaml")
     (tmp_path / "drive.yaml").write_text(declared)
-    check = [Path(Helm.PROGRAM).with_name("kubernetes-validate"), "--strict", "-k", TESTED_KUBERNETES, tmp_path / "drive.yaml"]
+    check = [program("kubernetes-validate"), "--strict", "-k", TESTED_KUBERNETES, tmp_path / "drive.yaml"]
     done = subprocess.run(check, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     _, volume = yaml.safe_load_all(declared)
