@@ -152,15 +152,27 @@ def test_without_claims_of_its_own_it_is_a_deployment_and_comes_up_too(cluster, 
     assert cluster.names("statefulsets") == []
 
 
-def test_a_larger_tier_is_refused_by_kubernetes_until_the_set_is_taken_away_from_its_pods(cluster, helm):
-    """docs/kubernetes.md says what to do."""
-    install(helm, kvCache__retention__whenDeleted="Retain")
-    larger = {"vllm__args__ssdKvOffloadGb": 900, "kvCache__retention__whenDeleted": "Retain"}
+def test_a_tier_that_needs_other_claims_is_refused_by_a_sentence_until_the_set_is_taken_away_from_its_pods(cluster, helm):
+    retain = {"kvCache__retention__whenDeleted": "Retain"}
+    larger = {"vllm__args__ssdKvOffloadGb": 900, **retain}
+    install(helm, **retain)
+    before = command(cluster)
     refused = helm.run("upgrade", RELEASE, CHART, *values(**larger), *WAIT)
-    assert refused.returncode != 0 and "updates to statefulset spec for fields other than" in refused.stderr
-    cluster.delete("statefulsets", "default", NAME)  # kubectl delete statefulset --cascade=orphan
+    assert refused.returncode != 0 and f"the claims of statefulset/{NAME} cannot change" in refused.stderr
+    assert "from kv-cache-0 of 514Gi the default class ReadWriteOnce to kv-cache-0 of 924Gi" in refused.stderr
+    assert command(cluster) == before
+    cluster.delete("statefulsets", "default", NAME)  # kubectl delete --cascade=orphan
     upgrade(helm, **larger)
     assert "--ssd-kv-offload-gb 900" in " ".join(command(cluster))
+
+
+def test_a_rollback_to_other_claims_is_refused_by_kubernetes_itself(cluster, helm):
+    """Helm does not render for a rollback, so the chart is not asked."""
+    install(helm, kvCache__retention__whenDeleted="Retain")
+    cluster.delete("statefulsets", "default", NAME)
+    upgrade(helm, vllm__args__ssdKvOffloadGb=900, kvCache__retention__whenDeleted="Retain")
+    done = helm.run("rollback", RELEASE, "1", *WAIT)
+    assert done.returncode != 0 and "are forbidden: volumeClaimTemplates" in done.stderr
 
 
 def test_the_cap_can_be_raised_within_a_size_that_was_given(cluster, helm):
