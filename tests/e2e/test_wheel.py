@@ -81,7 +81,8 @@ def test_it_holds_the_package_and_the_engine_and_nothing_else(wheel):
     about = {name for name in names if re.match(r"kvoffload-[\d.]+\.dist-info/", name)}
     bundled = {name for name in names if name.startswith("kvoffload.libs/liburing")}
     assert names - about - bundled == sources | {"kvoffload/engine/_core.abi3.so"}
-    assert any(name.endswith("/licenses/LICENSE") for name in about)
+    licences = {Path(name).name for name in about if "/licenses/" in name}
+    assert licences == {"LICENSE", "LICENSE.bundled"}, "liburing and xxHash are in it, and ask for their notices"
 
 
 def test_installed_it_finds_vllm_and_its_plugin_and_has_io_uring_built_in(python, tmp_path):
