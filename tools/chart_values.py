@@ -196,7 +196,7 @@ SECRETS = {
     },
     "apiKey": {
         "value": text("", "Key that requests must carry, put into a Secret."),
-        "generate": switch(False, "Draw one at the first install and keep it."),
+        "generate": switch(False, "Draw one at the first install and keep it; not for tools that only render templates."),
         "existingSecret": text("", "Secret that has it already."),
         "key": text("api-key", "Key in that Secret."),
     },
@@ -287,6 +287,7 @@ VALUES: dict[str, Any] = {
         "image": image("ubuntu", "24.04", "Image that the prescript runs in.", "Its tag."),
         "sharedDataPath": text("/data", "Folder that the prescript fills and the server sees.", pattern=PATH),
         "privileged": switch(True, "Run the prescript as privileged root, to mount things; false: as the server's user."),
+        "resources": free("Requests and limits of the chart's init containers."),
     },
     "prescript": text("", "Shell script that an init container runs before the server starts."),
     "postscript": text("", "Shell script that runs in the server's container when it is stopped, before it gets SIGTERM."),
@@ -308,7 +309,7 @@ VALUES: dict[str, Any] = {
         "tmp": {"sizeLimit": quantity("", "Of the emptyDir at /tmp.")},
     },
     "modelImage": {
-        "reference": text("", "OCI image that holds the model, mounted read-only; from Kubernetes 1.31 on."),
+        "reference": text("", "OCI image that holds the model, mounted read-only; from Kubernetes 1.31 on, until 1.35 by a feature gate."),
         "pullPolicy": one_of("IfNotPresent", "When the kubelet pulls it.", "IfNotPresent", "Always", "Never"),
         "mountPath": text("/model", "Where it is mounted.", pattern=PATH),
     },

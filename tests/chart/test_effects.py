@@ -147,8 +147,9 @@ def test_a_port_reaches_container_probes_and_service():
 def test_prescript_runs_privileged_unless_that_is_declined_and_the_server_never_does():
     script = 'echo "$HOME" $$ `id` {{ x }}\n'
     image = {"repository": "r", "tag": "1", "pullPolicy": "Always"}
-    found = rendered(prescript=script, initContainer=tree(image=image, sharedDataPath="/s"))
+    found = rendered(prescript=script, initContainer=tree(image=image, sharedDataPath="/s", resources__limits={"cpu": 1}))
     (init,) = found.pod["initContainers"]
+    assert init["resources"] == {"limits": {"cpu": 1}}
     assert (init["image"], init["imagePullPolicy"]) == ("r:1", "Always")
     assert init["securityContext"] == {"privileged": True, "runAsUser": 0, "runAsGroup": 0, "runAsNonRoot": False}
     assert found.one("ConfigMap", "-scripts")["data"] == {"prescript.sh": script}

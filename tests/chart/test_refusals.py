@@ -103,6 +103,7 @@ def test_a_value_of_the_wrong_kind_or_range_is_refused_by_the_schema(values):
         tree(shutdown__gracePeriodSeconds=80),
         tree(vllm__lora__enable=True, vllm__lora__runtimeUpdates=True),
         tree(gpuResource="", vllm__args__tensorParallelSize=2),
+        tree(resources__limits={"nvidia.com/gpu": 4}, vllm__args=tree(tensorParallelSize=2, extraArgs=["--data-parallel-size=2"])),
         tree(image__tag=24.04),
         tree(vllm__env__vllmUseV1=1),
     ],

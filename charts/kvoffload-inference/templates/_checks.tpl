@@ -45,9 +45,10 @@
 
 {{- define "kvo.checkResources" -}}
 {{- $gpus := int .Values.vllm.args.tensorParallelSize -}}
+{{- $parallel := regexMatch "(^| )(-dp|--data[-_]parallel[-_]size)" (join " " .Values.vllm.args.extraArgs) -}}
 {{- range $which := list "requests" "limits" -}}
 {{- $named := include "kvo.gpus" (list $ (get $.Values.resources $which | default dict)) | int -}}
-{{- if and $named (ne $named $gpus) -}}
+{{- if and $named (ne $named $gpus) (not $parallel) -}}
 {{- fail (printf "resources.%s name %d GPUs and vllm.args.tensorParallelSize is %d: they must be equal" $which $named $gpus) -}}
 {{- end -}}
 {{- with get (get $.Values.resources $which | default dict) "memory" -}}

@@ -10,7 +10,7 @@ metadata:
     {{- end }}
   annotations:
     checksum/scripts: {{ list .Values.prescript .Values.postscript | toJson | sha256sum }}
-    checksum/secrets: {{ list .Values.huggingface .Values.apiKey | toJson | sha256sum }}
+    checksum/secrets: {{ list .Values.huggingface .Values.apiKey | toJson | sha256sum | trunc 8 | quote }}
     {{- with .Values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -62,6 +62,7 @@ spec:
     allowPrivilegeEscalation: false
     readOnlyRootFilesystem: true
     capabilities: {drop: [ALL], add: [CHOWN]}
+  resources: {{ toJson .Values.initContainer.resources }}
   volumeMounts:
     {{- include "kvo.cacheMounts" . | trim | nindent 4 }}
 {{- end }}
@@ -74,6 +75,7 @@ spec:
   imagePullPolicy: {{ .Values.initContainer.image.pullPolicy }}
   command: [/bin/sh, /etc/kvoffload/prescript.sh]
   securityContext: {{ include "kvo.prescriptSecurity" . }}
+  resources: {{ toJson .Values.initContainer.resources }}
   volumeMounts:
     - {name: scripts, mountPath: /etc/kvoffload, readOnly: true}
     - {name: shared-data, mountPath: {{ .Values.initContainer.sharedDataPath | quote }}}
