@@ -9,6 +9,7 @@ from typing import Any
 Leaf = dict[str, Any]
 QUANTITY = r"^([0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?)?$"
 PATH = r"^/[^:]*$"
+NAME = r"^([a-z]([-a-z0-9]*[a-z0-9])?)?$"
 OTHER_SPELLING = "Other spelling of"  # how descriptions of keys begin that have no default of their own
 
 
@@ -275,7 +276,7 @@ VALUES: dict[str, Any] = {
     "image": image("ghcr.io/kvoffload/kvoffload", "", "Image with kvoffload and vLLM.", "Empty: the chart's appVersion."),
     "imagePullSecrets": objects("Secrets for a private registry."),
     "deployment": {
-        "name": text("", "Name of the workload and all that belongs to it; empty: the release's.", maxLength=50),
+        "name": text("", "Name of the workload and all that belongs to it; empty: the release's.", maxLength=50, pattern=NAME),
         "replicas": whole(1, "Pods, each with GPUs and a cache of its own."),
         "kind": one_of(
             "", "Empty: StatefulSet where a pod must find its volume again, else Deployment.", "", "StatefulSet", "Deployment"
@@ -309,7 +310,7 @@ VALUES: dict[str, Any] = {
         "tmp": {"sizeLimit": quantity("", "Of the emptyDir at /tmp.")},
     },
     "modelImage": {
-        "reference": text("", "OCI image that holds the model, mounted read-only; from Kubernetes 1.31 on, until 1.35 by a feature gate."),
+        "reference": text("", "OCI image with the model, mounted read-only. From Kubernetes 1.31 on; a feature gate until 1.35."),
         "pullPolicy": one_of("IfNotPresent", "When the kubelet pulls it.", "IfNotPresent", "Always", "Never"),
         "mountPath": text("/model", "Where it is mounted.", pattern=PATH),
     },

@@ -402,9 +402,12 @@ def test_autoscaling_and_disruption():
 def test_network():
     found = render(ci("ephemeral"))
     policy = found.one("NetworkPolicy")["spec"]
-    assert policy["ingress"] == [{"from": ci("ephemeral")["networkPolicy"]["from"], "ports": [{"port": "http", "protocol": "TCP"}]}]
+    (ingress,) = policy["ingress"]
+    *peers, test = ingress["from"]
+    assert peers == ci("ephemeral")["networkPolicy"]["from"] and ingress["ports"] == [{"port": "http", "protocol": "TCP"}]
+    assert test["podSelector"]["matchLabels"].items() <= found.one("Pod")["metadata"]["labels"].items()
     assert [rule["ports"][0]["port"] for rule in policy["egress"]] == [53, 443]
-    assert rendered(networkPolicy__enabled=True).one("NetworkPolicy")["spec"]["ingress"][0]["from"] == [{"podSelector": {}}]
+    assert rendered(networkPolicy__enabled=True).one("NetworkPolicy")["spec"]["ingress"][0]["from"][0] == {"podSelector": {}}
     (rule,) = found.one("Ingress")["spec"]["rules"]
     assert rule["http"]["paths"][0]["backend"]["service"] == {"name": found.service["metadata"]["name"], "port": {"name": "http"}}
     (rule,) = found.one("HTTPRoute")["spec"]["rules"]

@@ -70,7 +70,8 @@ WRONG = [
     tree(vllm__args__enforceEager="yes"), tree(vllm__env__vllmUseV1="0"), tree(vllm__env__vllmWorkerMultiprocMethod="thread"),
     tree(vllm__lora__maxRank=33), tree(vllm__lora__modules=["/path"]), tree(service__type="Node"), tree(image__pullPolicy="always"),
     tree(kvCache__type="nfs"), tree(kvCache__size="lots"), tree(kvCache__accessMode="ReadOnlyMany"),
-    tree(volumes__dshm__sizeLimit="30GB"), tree(deployment__replicas=-1), tree(deployment__name="n" * 51),
+    tree(volumes__dshm__sizeLimit="30GB"), tree(deployment__replicas=-1),
+    tree(deployment__name="My Name"), tree(deployment__name="n" * 51),
     tree(shutdown__drainSeconds=-1), tree(resources=[]), tree(extraEnv={"A": "b"}),
 ]  # fmt: skip
 

@@ -15,7 +15,9 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
 spec:
-  {{- include "kvo.placement" . | nindent 2 }}
+  {{- with include "kvo.placement" . | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
   serviceAccountName: {{ include "kvo.serviceAccountName" . }}
   automountServiceAccountToken: false
   enableServiceLinks: false
@@ -52,7 +54,7 @@ spec:
 - name: fix-permissions
   image: {{ include "kvo.image" (list . .Values.image) | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
-  command: {{ concat (list "chown" (printf "%v:%v" $user.runAsUser $user.runAsGroup)) (include "kvo.nvmePaths" . | fromJsonArray) | toJson }}
+  command: {{ concat (list "chown" (printf "%s:%s" (include "kvo.number" $user.runAsUser) (include "kvo.number" $user.runAsGroup))) (include "kvo.nvmePaths" . | fromJsonArray) | toJson }}
   env:
     - name: POD_NAME
       valueFrom: {fieldRef: {fieldPath: metadata.name}}
