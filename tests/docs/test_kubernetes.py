@@ -1,5 +1,6 @@
 """docs/kubernetes.md from top to bottom: Helm's commands are carried out on a made-up cluster, kubectl's name what is there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -51,7 +52,8 @@ class Reader:
 
     def kubectl(self, verb: str, *words: str) -> None:
         if verb == "apply":
-            assert words[0] == "-f" and (self.helm.home / words[1]).exists()
+            for made in yaml.safe_load_all((self.helm.home / words[words.index("-f") + 1]).read_text()):
+                self.cluster.objects[plural(made["kind"].lower()), "", made["metadata"]["name"]] = made
             return
         words = words[1:] if verb == "rollout" else words  # rollout status
         count = len([word for word in words if not word.startswith("-")]) if verb == "delete" else 1
@@ -65,6 +67,8 @@ class Reader:
             assert words[1:3] == ("--", "kvoffload")
             done = self.kvoffload(*(word.replace("/mnt/nvme0", str(self.helm.home / "kv")) for word in words[3:]))
             assert done.code == 0, done.err
+        elif verb == "patch":
+            assert [change["op"] for change in json.loads(words[words.index("-p") + 1])] == ["remove"]
         elif verb == "port-forward":
             ports = {port["port"] for port in self.cluster.find("services", "default", name)["spec"]["ports"]}
             assert int(words[1].split(":")[1]) in ports
