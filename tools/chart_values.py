@@ -127,7 +127,9 @@ ARGS = {
 
 VLLM = {
     "env": {
-        "vllmUseV1": leaf("1", "Of old values files; there is no other engine any more.", ["string", "integer"], enum=["1", 1]),
+        "vllmUseV1": leaf(  # no enum of "1" and 1: to Helm 4 these are one and the same, twice
+            "1", "Of old values files: there is no other engine.", ["string", "integer"], pattern="^1$", minimum=1, maximum=1
+        ),
         "vllmWorkerMultiprocMethod": one_of("spawn", "How vLLM starts its workers.", "spawn", "fork"),
         "tiktokenEncodingsBase": text("", "Folder of tiktoken's encodings, where there is no network."),
     },

@@ -4,7 +4,6 @@ import functools
 import importlib.resources
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from referencing import Registry, Resource
 
 from tests.chart.custom_resources import SCHEMAS
+from tests.monitoring.test_rules_and_dashboard import program
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "kvoffload-inference"
@@ -25,11 +25,8 @@ MODEL = "/data/model/llama"
 Object = dict[str, Any]
 
 
-def program(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
-
-
 def helm(*arguments: object) -> subprocess.CompletedProcess:
+    """Of the virtual environment, which has none on machines other than x86_64, or of the system."""
     return subprocess.run([program("helm"), *map(str, arguments)], capture_output=True, text=True, timeout=60)
 
 
