@@ -1,7 +1,10 @@
 """What the chart refuses: keys that nobody reads, and values that contradict each other, each with one sentence."""
 
+import math
+
 import pytest
 
+from kvoffload.layout import free_floor
 from tests.chart.rendering import CHART, ci, helm, merged, refusal, render, tree, with_model
 
 MISSPELT = [
@@ -112,6 +115,15 @@ def test_a_value_of_the_wrong_kind_or_range_is_refused_by_the_schema(values):
 )
 def test_what_is_just_right_is_not_refused(values):
     assert render(merged(with_model(), values)).container
+
+
+@pytest.mark.parametrize("gib", [10, 400, 4096])
+def test_a_cap_fits_a_volume_exactly_when_the_engine_would_find_the_room(gib):
+    room = (gib * 2**30 - free_floor(gib * 2**30)) / 1e9
+    sized = tree(kvCache__size=f"{gib}Gi", vllm__args__ssdKvOffloadGb=math.floor(room))
+    assert render(merged(with_model(), sized)).workload
+    sized = tree(kvCache__size=f"{gib}Gi", vllm__args__ssdKvOffloadGb=math.ceil(room))
+    assert f"more than kvCache.size {gib}Gi" in refusal(merged(with_model(), sized))
 
 
 def test_the_examples_of_the_seed_are_refused_with_a_typo_in_them():
