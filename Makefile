@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compat fast e2e torture soak fuzz analyze docs bench bench-gpu lint clean
+.PHONY: help setup demo wheel test test-compat fast e2e torture soak fuzz analyze docs bench bench-gpu lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -16,6 +16,9 @@ setup: ## make .venv, install the pinned versions, build the C engine
 
 demo: setup ## serve a small model with vLLM + kvoffload; show what each tier saves
 	@$(BIN)/python examples/demo.py
+
+wheel: ## one wheel for every Python from 3.11 on, liburing inside, in dist/ (needs no vLLM)
+	@$(PYTHON) tools/bootstrap.py wheel dist
 
 # Two processes: an engine's start is one core's work for half a minute, and most of the time of the whole.
 test: setup ## every test, a real vLLM included (up to 15 minutes on 2 cores)

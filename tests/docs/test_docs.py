@@ -15,7 +15,8 @@ from tools import config_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = ("kvoffload", "make", "vllm", "pip", "curl", "python")
+PROGRAMS = ("kvoffload", "make", "vllm", "pip", "curl", "python", "helm", "kubectl", "docker")
+OF_CLUSTERS = ("helm", "kubectl", "docker")  # tests/docs/test_kubernetes.py
 SERVED = ("/health", "/v1/completions", "/v1/chat/completions", "/metrics", "/v1/load_lora_adapter")  # by tests/e2e/test_server.py
 
 
@@ -54,7 +55,7 @@ def drive(tmp_path) -> dict[str, str]:
 
 def test_there_are_commands_on_every_page_for_users():
     assert {page for page, _ in COMMANDS} >= {
-        "README.md", "getting-started.md", "operations.md", "tuning.md", "migration.md", "troubleshooting.md"
+        "README.md", "getting-started.md", "kubernetes.md", "operations.md", "tuning.md", "migration.md", "troubleshooting.md"
     }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def test_a_command_of_kvoffload_runs(page, command, kvoffload, drive):
         assert Config.parse(settings).enabled
 
 
-@pytest.mark.parametrize(("page", "command"), [pair for pair in COMMANDS if not pair[1].startswith("kvoffload ")])
+@pytest.mark.parametrize(("page", "command"), [pair for pair in COMMANDS if not pair[1].startswith(("kvoffload ", *OF_CLUSTERS))])
 def test_a_command_of_another_program_is_one_that_tests_run_or_would_run(page, command):
     words = shlex.split(command.replace("<model>", "MODEL"))
     program, rest = words[0], words[1:]

@@ -61,13 +61,23 @@ class Server:
         return sums
 
 
-@contextmanager
-def served(model: Path, log: Path, *flags: object, env: dict[str, str] | None = None, ranks: int = 1) -> Iterator[Server]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@contextmanager
+def served(model: Path, log: Path, *flags: object, env: dict[str, str] | None = None, ranks: int = 1) -> Iterator[Server]:
+    port = free_port()
     command = [str(COMMAND), "serve", str(model), "--port", str(port), *SMALL, *map(str, flags)]
-    environment = {**child_environment(ranks), **(env or {})}
+    with running(command, port, log, {**child_environment(ranks), **(env or {})}) as server:
+        yield server
+
+
+@contextmanager
+def running(command: list[str], port: int, log: Path, environment: dict[str, str]) -> Iterator[Server]:
+    """A server that `command` starts on `port`, until it ends or nobody needs it any more."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:

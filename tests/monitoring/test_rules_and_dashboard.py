@@ -15,6 +15,7 @@ from tools import dashboard
 
 ROOT = Path(__file__).resolve().parents[2]
 ALERTS = ROOT / "docs" / "monitoring" / "alerts.yml"
+PACKAGES = {"promtool": "what Debian calls prometheus", "helm": "Helm 3"}
 TARGET_LABELS = {"job", "instance", "le"}  # of Prometheus itself
 
 
@@ -22,7 +23,7 @@ def program(name: str) -> str:
     """Of the virtual environment, where `make setup` puts it, or of the system."""
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
-    assert found, f"{name} is neither in .venv nor on the PATH: install what Debian calls prometheus"
+    assert found, f"{name} is neither in .venv nor on the PATH: install {PACKAGES.get(name, name)}"
     return found
 
 

@@ -1,0 +1,136 @@
+{{/* What values.schema.json cannot say: values that contradict each other. Each ends the rendering with one sentence. */}}
+
+{{- define "kvo.checks" -}}
+{{- include "kvo.checkServer" . -}}
+{{- include "kvo.checkResources" . -}}
+{{- include "kvo.checkCache" . -}}
+{{- include "kvo.checkReplicas" . -}}
+{{- include "kvo.checkCluster" . -}}
+{{- end }}
+
+{{- define "kvo.checkServer" -}}
+{{- $args := .Values.vllm.args -}}
+{{- if not $args.model -}}
+{{- fail "no model is named: set vllm.args.model to a path in the container or a name on Hugging Face" -}}
+{{- end -}}
+{{- if and (or $args.resumeKvCache $args.resumeKVCache) (or $args.noResumeKvCache $args.noResumeKVCache) -}}
+{{- fail "vllm.args.resumeKvCache and noResumeKvCache contradict each other: leave one of them out" -}}
+{{- end -}}
+{{- if and .Values.service.targetPort (ne (int .Values.service.targetPort) (int $args.port)) -}}
+{{- fail (printf "service.targetPort is %v and vllm.args.port is %v: leave targetPort out, it follows the port" .Values.service.targetPort $args.port) -}}
+{{- end -}}
+{{- if and .Values.service.nodePort (eq .Values.service.type "ClusterIP") -}}
+{{- fail "service.nodePort is set but service.type is ClusterIP: leave nodePort out, or set the type to NodePort" -}}
+{{- end -}}
+{{- range $args.extraArgs -}}
+{{- if regexMatch "^(-tp|--(port|tensor[-_]parallel[-_]size|shutdown[-_]timeout|served[-_]model[-_]name|nvme[-_]path|kv[-_]transfer[-_]config))(=|$)" . -}}
+{{- fail (printf "vllm.args.extraArgs has %s, which the chart sets: use its own value for it" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.vllm.lora.enable -}}
+{{- $modules := include "kvo.loraModules" . | fromJsonArray -}}
+{{- if and (not $modules) (not .Values.vllm.lora.runtimeUpdates) -}}
+{{- fail "vllm.lora.enable is true and vllm.lora.modules names no adapter: give name=path, or set vllm.lora.runtimeUpdates" -}}
+{{- end -}}
+{{- range $modules -}}
+{{- if not (regexMatch "^[^=]+=.+$" .) }}{{ fail (printf "vllm.lora.modules has %s: write an adapter as name=path" .) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- $grace := include "kvo.graceSeconds" . | int -}}
+{{- $least := include "kvo.leastGrace" . | int -}}
+{{- if lt $grace $least -}}
+{{- fail (printf "shutdown.gracePeriodSeconds is %d but waiting, postscript, drain and flush take %d: raise it, or leave it out" $grace $least) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "kvo.checkResources" -}}
+{{- $gpus := int .Values.vllm.args.tensorParallelSize -}}
+{{- $parallel := regexMatch "(^| )(-dp|--data[-_]parallel[-_]size)" (join " " .Values.vllm.args.extraArgs) -}}
+{{- range $which := list "requests" "limits" -}}
+{{- $named := include "kvo.gpus" (list $ (get $.Values.resources $which | default dict)) | int -}}
+{{- if and $named (ne $named $gpus) (not $parallel) -}}
+{{- fail (printf "resources.%s name %d GPUs and vllm.args.tensorParallelSize is %d: they must be equal" $which $named $gpus) -}}
+{{- end -}}
+{{- with get (get $.Values.resources $which | default dict) "memory" -}}
+{{- $tiers := include "kvo.tierBytes" $ | float64 -}}
+{{- if le (include "kvo.bytes" . | float64) $tiers -}}
+{{- fail (printf "resources.%s.memory is %v but the cache alone takes %s of it: raise it, lower vllm.args.dramKvOffloadGb, or leave it out" $which . (include "kvo.gi" $tiers)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "kvo.checkCache" -}}
+{{- $cache := .Values.kvCache -}}
+{{- $type := include "kvo.cacheType" . -}}
+{{- $paths := include "kvo.nvmePaths" . | fromJsonArray | len -}}
+{{- $gb := include "kvo.ssdGb" . | float64 -}}
+{{- if and (lt $gb 0.0) (ne $gb -1.0) -}}
+{{- fail "vllm.args.ssdKvOffloadGb must be 0 (off), -1 (what is free) or more than 0" -}}
+{{- end -}}
+{{- if and (eq $type "none") (or .Values.vllm.args.ssdAdmission .Values.vllm.args.ssdWriteGbPerDay) -}}
+{{- fail "vllm.args.ssdAdmission or ssdWriteGbPerDay is set but there is no SSD tier: set ssdKvOffloadGb, or leave them out" -}}
+{{- end -}}
+{{- if and (eq $gb -1.0) (eq $type "emptyDir") -}}
+{{- fail "vllm.args.ssdKvOffloadGb is -1, but a pod whose emptyDir outgrows its limit is evicted: give the cap in GB" -}}
+{{- end -}}
+{{- if and (eq $gb -1.0) (has $type (list "claimTemplate" "ephemeral")) (not $cache.size) -}}
+{{- fail "vllm.args.ssdKvOffloadGb is -1, what is free on the volume: say by kvCache.size how large the volume is" -}}
+{{- end -}}
+{{- if and $cache.size (gt $gb 0.0) -}}
+{{- $bytes := include "kvo.bytes" $cache.size | float64 -}}
+{{- $room := mulf (subf $bytes (min (mulf $bytes 0.02 | int64) 10737418240)) $paths -}}
+{{- $replicas := ternary (include "kvo.replicas" . | int) 1 (eq $type "existingClaim") -}}
+{{- if gt (mulf $gb 1e9 $replicas) $room -}}
+{{- fail (printf "vllm.args.ssdKvOffloadGb is %v GB for %d replica(s) on a volume, more than kvCache.size %s leaves on %d of them: raise the size, or leave it out" $gb $replicas $cache.size $paths) -}}
+{{- end -}}
+{{- end -}}
+{{- range $which, $named := dict "existingClaim" $cache.existingClaims "hostPath" $cache.hostPaths -}}
+{{- if and (eq $type $which) (ne (len $named) $paths) -}}
+{{- fail (printf "kvCache.%ss names %d and vllm.args.nvmePath %d: give one for each path" $which (len $named) $paths) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $cache.fixPermissions (has $type (list "none" "devicePlugin")) -}}
+{{- fail "kvCache.fixPermissions is true but the chart mounts no volume for the cache: leave it out" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "kvo.replicas" -}}
+{{- $scaling := .Values.autoscaling -}}
+{{- ternary (int $scaling.maxReplicas) (int .Values.deployment.replicas) (or $scaling.hpa.enabled $scaling.keda.enabled) -}}
+{{- end }}
+
+{{- define "kvo.checkReplicas" -}}
+{{- $type := include "kvo.cacheType" . -}}
+{{- $kind := include "kvo.kind" . -}}
+{{- $several := gt (include "kvo.replicas" . | int) 1 -}}
+{{- if and $several (eq $type "existingClaim") (ne .Values.kvCache.accessMode "ReadWriteMany") -}}
+{{- fail (printf "a claim that is %s serves one node or pod and not several replicas: use kvCache.type claimTemplate, or a ReadWriteMany claim" .Values.kvCache.accessMode) -}}
+{{- end -}}
+{{- if and (eq $type "claimTemplate") (eq $kind "Deployment") -}}
+{{- fail "kvCache.type claimTemplate needs deployment.kind StatefulSet: leave the kind out, or use kvCache.type ephemeral" -}}
+{{- end -}}
+{{- if and $several (eq $kind "Deployment") (has $type (list "existingClaim" "hostPath")) -}}
+{{- fail "several replicas of a Deployment would use the same folder: leave deployment.kind out" -}}
+{{- end -}}
+{{- if and .Values.autoscaling.hpa.enabled .Values.autoscaling.keda.enabled -}}
+{{- fail "autoscaling.hpa and autoscaling.keda are both enabled and would work against each other: enable one of them" -}}
+{{- end -}}
+{{- if lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas) -}}
+{{- fail "autoscaling.maxReplicas is less than autoscaling.minReplicas: raise it" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "kvo.checkCluster" -}}
+{{- if semverCompare "<1.31.0-0" .Capabilities.KubeVersion.Version -}}
+{{- if .Values.modelImage.reference }}{{ fail "modelImage needs Kubernetes 1.31 or newer: copy the model in a prescript instead" }}{{ end -}}
+{{- if .Values.resourceClaims }}{{ fail "resourceClaims need Kubernetes 1.31 or newer: name GPUs in resources instead" }}{{ end -}}
+{{- end -}}
+{{- if and .Values.metrics.serviceMonitor.enabled .Values.metrics.podMonitor.enabled -}}
+{{- fail "metrics.serviceMonitor and metrics.podMonitor are both enabled and would count everything twice: enable one of them" -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}{{ fail "ingress.enabled is true but ingress.hosts is empty: name a host" }}{{ end -}}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.enabled is true but httpRoute.parentRefs is empty: name a Gateway" -}}
+{{- end -}}
+{{- end }}
