@@ -26,12 +26,15 @@ def run(*command: object, where: Path = ROOT) -> None:
 
 
 def prepare() -> None:
-    if not PYTHON.exists():
+    made = PYTHON.parent / "made"
+    if not made.exists():
+        shutil.rmtree(PYTHON.parent.parent, ignore_errors=True)
         say(f"a virtual environment for {CPU_BUILD} (minutes)")
         run(sys.executable, "-m", "venv", PYTHON.parent.parent)
         torch = [pin for pin in pins("cpu") if pin.startswith("torch==")]
         run(PYTHON, "-m", "pip", "install", "-q", *torch, CPU_BUILD, *pins("dev"))  # with its own setuptools
         run(PYTHON, "-m", "pip", "uninstall", "-q", "-y", *BROKEN_BESIDE_CPU_TORCH)
+        made.touch()
     shutil.rmtree(CHECKOUT, ignore_errors=True)
     run("git", "clone", "-q", ROOT, CHECKOUT)
     run(PYTHON, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", CHECKOUT, where=CHECKOUT)
