@@ -87,7 +87,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
                 dropped = len(found.blocks) - len(kept)
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
             if len(kept) < len(found.blocks) or not 0 < found.slot_count <= slot_count:
-                # Records of other slots than there are, too: were one damaged that frees such a slot, its file would look truncated.
+                # Records of other slots than there are, too: damaged, one could bring such a slot back, and its file is too short.
                 found = replace(found, blocks=kept, good=b"")
             writer = _prepare(places, config.nvme_path, found, geometry, slot_count, identity, on_failure)
         on_failure.pop_all()
