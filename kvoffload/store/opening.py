@@ -232,7 +232,7 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
                     f"the journal knows of blocks up to byte {needed}): {REMEDY}"
                 )
     absent = frozenset(file for file, size in sizes.items() if size is None)
-    good = b"" if recovered.skipped else recovered.good
+    good = b"" if recovered.skipped or absent else recovered.good
     return _Found(recovered.blocks, good, recovered.epoch, slots_before, absent, created)
 
 

@@ -303,6 +303,24 @@ def test_damage_to_the_journal_of_a_cache_that_shrank_never_brings_back_a_slot_t
             assert len(store.entries()) == 49
 
 
+def test_damage_to_the_journal_never_brings_back_a_slot_of_a_file_that_was_made_anew(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    with open_store(paths) as store:
+        write_blocks(store, [0, 2, 4, 1])
+        store.delete(key(1), 1)
+    slot_file(paths[1]).unlink()
+    with open_store(paths) as store:
+        assert len(store.entries()) == 3
+    path = namespace_of(paths[0]) / journal.NAME
+    sound = path.read_bytes()
+    for start in range(HEADER_BYTES, len(sound), RECORD_BYTES):
+        path.write_bytes(sound[:start] + bytes(RECORD_BYTES) + sound[start + RECORD_BYTES :])
+        with open_store(paths) as store:
+            assert len(store.entries()) == 2
+
+
 def test_a_kill_at_any_step_of_starting_empty_never_mixes_old_and_new(tmp_path: Path) -> None:
     step, dying = 0, True
     while dying:
