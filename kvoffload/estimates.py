@@ -27,7 +27,8 @@ PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
 SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
 PROBE_LOSS = 0.05  # of what computing takes: so long a probe may last
-PATIENCE = 4.0  # times what a load should take, after which the drive is another than it was. What arrived until then is kept.
+PATIENCE, PATIENCE_MAX = 4.0, 64.0  # times what a load should take, then the drive is another than it was. What arrived is kept.
+PATIENCE_GROWS, PATIENCE_FADES = 2.0, 0.998  # each time a load was given up and the next found the drive well; with each other load
 PATIENCE_MIN_S, PROBE_PATIENCE_MIN_S = 0.25, 0.1  # that any load is given: less says more about a busy machine than about a drive
 
 
@@ -187,6 +188,7 @@ class Estimates:
         self._load = {tier: Cost(1e6, 1.0) for tier in Tier}
         self._queued = dict.fromkeys(Tier, 0)
         self._probing: dict[Tier | int, Probing] = {}  # by tier, or by size of a prefill
+        self._patience = dict.fromkeys(Tier, PATIENCE)  # more for a tier that is slow now and then: to wait is better
         self._suspects: set[Tier] = set()  # of which the latest load was given up: all may be slow now, so one tries a little first
         self._counters = counters
 
@@ -221,7 +223,8 @@ class Estimates:
             self._probing.pop(Prefill.size(max(1, total - ends[-1])), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
         saved_s = whole - (self._recompute_s(total, ends[best]) or 0.0)
-        patience_s = max(PATIENCE_MIN_S, min(saved_s, PATIENCE * loads[best]))
+        patience = max((self._patience[part.tier] for part in parts[:best]), default=PATIENCE)
+        patience_s = max(PATIENCE_MIN_S, min(saved_s, patience * loads[best]))
         if any(self._load[part.tier].is_new for part in parts[:best]):
             return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s))
         return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
@@ -285,7 +288,7 @@ class Estimates:
         self._compare("load", loading.predicted_s, seconds)
         probing, nbytes = self._probing.get(slowest), loading.queued[slowest]
         if arrived:
-            self._suspects.discard(slowest)
+            self._settle_patience(slowest)
         else:
             self._suspects.add(slowest)
             # A probe is given up soon, which must not look like a load that took no longer: it stands for all it was part of.
@@ -294,6 +297,13 @@ class Estimates:
         self._end_probe(now, probing, seconds)
         self._load[slowest].observe(seconds, nbytes, 1.0)
         return slowest
+
+    def _settle_patience(self, tier: Tier) -> None:
+        if tier in self._suspects:
+            self._suspects.remove(tier)
+            self._patience[tier] = min(PATIENCE_MAX, PATIENCE_GROWS * self._patience[tier])
+        else:
+            self._patience[tier] = max(PATIENCE, PATIENCE_FADES * self._patience[tier])
 
     def _end_probe(self, now: float, probing: Probing | None, seconds: float) -> None:
         if probing is not None and PROBE_GROWS * seconds < probing.whole_s:

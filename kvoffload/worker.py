@@ -141,6 +141,7 @@ class Worker:
         self._load_ops = 0  # in the engine
         self._drives = 1
         self._heard: dict[int, float] = {}  # by drive: when it last ended a read or write, well or not
+        self._copying: dict[int, float] = {}  # copies of blocks that were read, since when, the oldest first
         self._pending: dict[int, Pending] = {}
         self._jobs: dict[int, Job] = {}
         self._waiting_loads: deque[Batch] = deque()
@@ -305,6 +306,10 @@ class Worker:
             self._counters["kvoffload_transfer_bytes_total", direction] += pending.nbytes
             self._counters["kvoffload_transfer_seconds_total", direction] += seconds
             self._report.latencies.setdefault(direction, []).append(seconds)
+        if pending.kind is OpKind.READ and not error:
+            self._copying[number + 1] = time.monotonic()  # see `load`
+        elif pending.kind is OpKind.COPY_IN:
+            self._copying.pop(number, None)
         job = pending.job
         if error == errno.ETIMEDOUT:
             deadline = "request" if job is not None and job.is_urgent else "operation"
@@ -317,13 +322,19 @@ class Worker:
         job.left -= 1
         if error == errno.ETIMEDOUT and pending.kind is OpKind.COPY_IN:
             error = errno.EREMOTEIO  # its turn did not come in time: that is the GPU's doing, for the drive had answered
-        elif error == errno.ETIMEDOUT and job.is_urgent and self._heard.get(pending.drive, 0.0) > job.begun:
+        elif error == errno.ETIMEDOUT and job.is_urgent and self._says_little(pending.drive, job):
             error = errno.ETIME  # the drive is slow; one that ended nothing meanwhile may be stalled, and that is told apart here
         if error:
             job.failed.setdefault(pending.key, error)  # of a linked pair the first tells why
         if not job.left:
             del self._jobs[job.id]
             self._finish(job)
+
+    def _says_little(self, drive: int, job: Job) -> bool:
+        """Whether the drive may be sound although a load that began then was late. It ended something since; or it was not asked,
+        for blocks that were read before wait for the GPU and hold the memory that is read into."""
+        oldest = next(iter(self._copying.values()), float("inf"))
+        return self._heard.get(drive, 0.0) > job.begun or oldest <= job.begun
 
     def _finish(self, job: Job) -> None:
         if job.failed:

@@ -249,6 +249,20 @@ def test_one_load_that_was_given_up_by_accident_costs_the_next_ones_no_more_than
     assert asked[-1][0].kind is Kind.LOAD
 
 
+@pytest.mark.parametrize("pause_s", [0.5, 1.0])
+@pytest.mark.parametrize("often", [0.03, 0.1])
+def test_a_drive_that_pauses_now_and_then_is_waited_for_as_long_as_that_is_faster_than_computing(pause_s, often):
+    """Each load given up is computed, the next is a probe, and after two of them all are computed for ten seconds."""
+    world = taught()
+    loaded_s, quick_s = 0.0, world.latency[Tier.SSD]
+    begun = world.now
+    for _ in range(500):
+        world.latency[Tier.SSD] = quick_s + pause_s * (world.rng.random() < often)
+        loaded_s += world.load_s({Tier.SSD: 4000 * TOKEN_BYTES}) + world.prefill_s(1, 4000)
+        world.request(ssd(4000), 4000)
+    assert world.now - begun <= 1.5 * loaded_s
+
+
 def test_a_stalled_drive_costs_one_request_some_times_what_a_load_takes_and_later_ones_little():
     world = taught()
     world.rate[Tier.SSD] = 1.0

@@ -50,6 +50,7 @@ class _Found:
     blocks: BlockTable
     good: bytes  # of its journal: records that say where these are, and no more than that; empty if there are none such
     epoch: int  # of its last life; 0 if that is not known
+    slot_count: int  # likewise
     absent: frozenset[tuple[int, int]]  # (path index, rank) of slot files to be made anew
     created: str  # when the namespace was
 
@@ -85,6 +86,8 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
             if len(kept) < len(found.blocks):
                 dropped = len(found.blocks) - len(kept)
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
+            if len(kept) < len(found.blocks) or not 0 < found.slot_count <= slot_count:
+                # Records of other slots than there are, too: damaged, one could bring such a slot back, and its file is too short.
                 found = replace(found, blocks=kept, good=b"")
             writer = _prepare(places, config.nvme_path, found, geometry, slot_count, identity, on_failure)
         on_failure.pop_all()
@@ -191,7 +194,7 @@ def _inspect_or_discard(places: Sequence[Place], identity: Identity, resume: boo
         if resume:
             raise
         logger.warning("starting empty as asked, although: %s", error)
-        return _Found(NO_BLOCKS, b"", 0, _every_file(places), namespace.now())
+        return _Found(NO_BLOCKS, b"", 0, 0, _every_file(places), namespace.now())
     return found if resume else replace(found, blocks=NO_BLOCKS, good=b"")
 
 
@@ -214,14 +217,14 @@ def _inspect(places: Sequence[Place], identity: Identity) -> _Found:
         if any(size is not None and size > SUPERBLOCK_BYTES for size in sizes.values()):
             logger.warning("%s has no journal: starting with an empty cache", places[0].directory.path)
         # Without the journal nobody knows which generations the slots hold, so the slots go too.
-        return _Found(NO_BLOCKS, b"", 0, _every_file(places), created)
+        return _Found(NO_BLOCKS, b"", 0, 0, _every_file(places), created)
     for path_index, place in enumerate(places):
         highest = recovered.blocks.highest_slot(path_index, len(places))
         for rank, superblock in enumerate(place.superblocks):
             slotfile.refuse_short(place.directory, superblock, sizes[path_index, rank], highest)
     absent = frozenset(file for file, size in sizes.items() if size is None)
-    good = b"" if recovered.skipped else recovered.good
-    return _Found(recovered.blocks, good, recovered.epoch, absent, created)
+    good = b"" if recovered.skipped or absent else recovered.good
+    return _Found(recovered.blocks, good, recovered.epoch, slots_before, absent, created)
 
 
 def _check_manifest(directory: Directory, path_index: int, path_count: int) -> Manifest | None:

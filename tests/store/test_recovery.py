@@ -15,7 +15,7 @@ from kvoffload.errors import StoreError
 from kvoffload.store import journal
 from kvoffload.store.journal import HEADER_BYTES, RECORD_BYTES, Kind, Record
 from kvoffload.table import Entry
-from tests.store.helpers import namespace_of, open_store, slot_file, write_blocks
+from tests.store.helpers import key, namespace_of, open_store, slot_file, write_blocks
 
 FINGERPRINT = b"f" * 16
 
@@ -286,6 +286,39 @@ def test_a_kill_at_any_step_of_a_reopen_loses_no_block_that_has_room(tmp_path: P
         with open_store(path) as store:
             assert [entry.slot for entry in store.entries()] == list(range(full))
         step += 1
+
+
+def test_damage_to_the_journal_of_a_cache_that_shrank_never_brings_back_a_slot_that_is_gone(tmp_path: Path) -> None:
+    """Its file is too short for that slot, and a start that finds it so refuses to go on."""
+    with open_store(tmp_path) as store:
+        write_blocks(store, [*range(50), 60])
+        store.delete(key(60), 60)
+    with open_store(tmp_path, 8.0) as store:
+        assert 50 <= store.slot_count <= 60
+    path = namespace_of(tmp_path) / journal.NAME
+    sound = path.read_bytes()
+    for start in range(HEADER_BYTES, len(sound), RECORD_BYTES):
+        path.write_bytes(sound[:start] + bytes(RECORD_BYTES) + sound[start + RECORD_BYTES :])
+        with open_store(tmp_path, 8.0) as store:
+            assert len(store.entries()) == 49
+
+
+def test_damage_to_the_journal_never_brings_back_a_slot_of_a_file_that_was_made_anew(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    with open_store(paths) as store:
+        write_blocks(store, [0, 2, 4, 1])
+        store.delete(key(1), 1)
+    slot_file(paths[1]).unlink()
+    with open_store(paths) as store:
+        assert len(store.entries()) == 3
+    path = namespace_of(paths[0]) / journal.NAME
+    sound = path.read_bytes()
+    for start in range(HEADER_BYTES, len(sound), RECORD_BYTES):
+        path.write_bytes(sound[:start] + bytes(RECORD_BYTES) + sound[start + RECORD_BYTES :])
+        with open_store(paths) as store:
+            assert len(store.entries()) == 2
 
 
 def test_a_kill_at_any_step_of_starting_empty_never_mixes_old_and_new(tmp_path: Path) -> None:

@@ -278,6 +278,23 @@ def test_a_load_that_waits_behind_another_is_not_held_against_a_drive_that_answe
     assert len(report.latencies.get("read", [])) == answered
 
 
+@pytest.mark.parametrize(("copied", "error"), [(False, errno.ETIME), (True, errno.ETIMEDOUT)])
+def test_a_load_that_finds_no_memory_while_others_wait_for_the_gpu_is_not_held_against_the_drive(copied, error):
+    """Memory to read into is held by blocks that wait for a step of the model: until that ends the drive is not asked."""
+    engine = SlowEngine()
+    worker = Worker(engine, rank=0, group_bytes=[PAYLOAD])
+    worker.load(1, block_list(1, [NO_SLOT], [0], [0]))
+    read, copy = engine.ids
+    engine.ended = {read: 0, copy: 0} if copied else {read: 0}
+    worker.poll()
+    engine.ids = []
+    impatient = block_list(1, [NO_SLOT], [3], [3])
+    worker.load(2, replace(impatient, transfer=TRANSFER + 1, patience_s=0.25))
+    engine.ended = {engine.ids[0]: errno.ETIMEDOUT, engine.ids[1]: errno.ECANCELED}
+    worker.poll()
+    assert worker.take_report().failed == {TRANSFER + 1: {key(0): error}}
+
+
 def test_of_several_ranks_words_on_a_demotion_lateness_stays():
     """Whatever the others say, the late one may still use its memory."""
     for errors in ((errno.ETIMEDOUT, errno.EIO), (errno.EIO, errno.ETIMEDOUT)):
