@@ -140,6 +140,9 @@ if VERSION >= (0, 31):
     def key_positions(req_context: "ReqContext") -> dict["OffloadKey", int]:
         return req_context._offload_key_positions  # noted by vLLM for managers that want the order of a prefix
 
+    def block_end(position: int, tokens_per_block: int) -> int:
+        return position
+
 else:
 
     def note_keys(req_context: "ReqContext", keys: Iterable["OffloadKey"]) -> None:
@@ -149,6 +152,10 @@ else:
 
     def key_positions(req_context: "ReqContext") -> dict["OffloadKey", int]:
         return vars(req_context).setdefault("kvoffload_positions", {})
+
+    def block_end(position: int, tokens_per_block: int) -> int:
+        """In tokens of its request, of the one KV-cache group that there is."""
+        return (position + 1) * tokens_per_block
 
 
 # Which tier supplied a prompt's tokens. Before, vLLM does not ask.

@@ -63,6 +63,7 @@ class Notes:
     recomputes: bool = False  # a load of it failed: it loads no more
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
     loads: Loads = field(default_factory=Loads)
+    written: float = math.inf  # tokens whose KV was computed, once the request has ended
     limit: int | None = None  # lookups of blocks that end behind this token miss: they are not worth loading
 
 
@@ -91,6 +92,7 @@ class ManagerAdapter(OffloadingManager):
 
     def __init__(self, settings: Config, config: OffloadingConfig):
         self._settings = settings
+        self._tokens_per_block = config.groups[0].tokens_per_block  # of all groups, where it is asked for
         self._group_numbers = {group: number for number, group in enumerate(contract.group_ids(config))}
         self._store: Store | None = None
         self._attach: tuple[SlotFiles, ...] = ()
@@ -172,7 +174,7 @@ class ManagerAdapter(OffloadingManager):
         notes = contract.get_state(req_context, Notes)
         assert notes is not None, "vLLM announces every request"
         if notes.life != self._life:
-            notes = Notes(notes.salt, self._life)
+            notes = Notes(notes.salt, self._life, written=notes.written)
             contract.set_state(req_context, notes)
         return notes
 
@@ -242,6 +244,9 @@ class ManagerAdapter(OffloadingManager):
         self._decisions.begin_step(step)
 
     def note_end(self, request: "Request") -> None:
+        context = self._contexts.get(request.request_id)
+        if context is not None:
+            self._notes(context).written = max(request.num_prompt_tokens, request.num_tokens - 1)
         self._decisions.end_request(request)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
@@ -275,9 +280,9 @@ class ManagerAdapter(OffloadingManager):
         if not self._settings.enabled or notes.has_hole:
             return PrepareStoreOutput([], SlotSpec.of(0, []), [])
         salt = self._salt(req_context)
-        own_keys = {salted(key, salt): key for key in keys}
         contract.note_keys(req_context, keys)
         positions = contract.key_positions(req_context)
+        own_keys = {salted(key, salt): key for key in keys if self._is_written(positions.get(key, 0), notes)}
         in_order = sorted(own_keys, key=lambda own: positions.get(own_keys[own], 0))
         own = {key: place for place, key in enumerate(self._own_keys(req_context))} if salt else positions
         stored = self._core.store(
@@ -290,6 +295,11 @@ class ManagerAdapter(OffloadingManager):
         self._storing.update((placement.key, transfer) for placement in placements)
         self._core.counters["kvoffload_stored_blocks_total",] += len(placements)
         return PrepareStoreOutput([own_keys[place.key] for place in placements], SlotSpec.of(transfer, placements), [])
+
+    def _is_written(self, position: int, notes: Notes) -> bool:
+        """The last token of an answer is drawn and never computed with. Older versions of vLLM (0.27.1 for one) store a block that
+        ends with it all the same, and who went on from there would attend to what the memory held before."""
+        return notes.written is math.inf or contract.block_end(position, self._tokens_per_block) <= notes.written
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         own_keys = self._keys(keys, req_context)

@@ -18,7 +18,6 @@ def test_vllm_alone_answers_the_same_with_and_without_its_prefix_cache(start, ba
     engine.reset_gpu_prefix_cache()
     (again,) = engine.generate(asked[:1])
     assert again.cached_tokens == 0
-    assert engine.metrics().sum("vllm:prompt_tokens_cached_by_source_total", source="device") == 3 * 672
 
     future = engine.submit(prompts.one(700), max_tokens=500, request_id="unwanted")
     engine.abort("unwanted")

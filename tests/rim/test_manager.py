@@ -33,6 +33,7 @@ from kvoffload.config import Config
 from kvoffload.errors import ConfigError
 from kvoffload.layout import slot_bytes
 from kvoffload.types import NO_SLOT, TransferReport
+from kvoffload.vllm import contract
 from kvoffload.vllm.connector import KVOffloadConnector
 from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.manager import ManagerAdapter, write_budget
@@ -97,6 +98,19 @@ def test_slots_are_given_in_the_order_of_vllms_block_ids_whatever_is_held_alread
     assert store(manager, context, keys[2:4]) == keys[2:4]
     output = manager.prepare_store(keys, context)
     assert output.keys_to_store == output.store_spec.keys == keys[:2] + keys[4:]
+
+
+@pytest.mark.parametrize(("prompt_tokens", "tokens", "stored"), [(64, 192, 5), (64, 193, 6), (64, 191, 5), (192, 192, 6)])
+@pytest.mark.parametrize("told", ["where each block ends", "the blocks' order"])
+def test_a_block_that_ends_with_the_last_token_of_an_answer_is_not_stored(monkeypatch, prompt_tokens, tokens, stored, told):
+    """Its KV was never computed, and vLLM before some version offers it."""
+    if told == "the blocks' order":
+        monkeypatch.setattr(contract, "block_end", lambda position, tokens_per_block: (position + 1) * tokens_per_block)
+        monkeypatch.setattr(contract, "key_positions", lambda context: {key: place for place, key in enumerate(keys)})
+    manager = adapter()
+    context, keys = request(manager, "r", 6)
+    manager.note_end(SimpleNamespace(request_id="r", num_prompt_tokens=prompt_tokens, num_tokens=tokens, num_output_tokens=0))
+    assert store(manager, context, keys) == keys[:stored]
 
 
 def test_when_slots_run_out_every_group_keeps_its_beginning():
