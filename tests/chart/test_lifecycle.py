@@ -166,6 +166,15 @@ def test_a_tier_that_needs_other_claims_is_refused_by_a_sentence_until_the_set_i
     assert "--ssd-kv-offload-gb 900" in " ".join(command(cluster))
 
 
+@pytest.mark.parametrize("sized", [{"kvCache__size": "2048Gi"}, {"vllm__args__ssdKvOffloadGb": 998}], ids=str)
+def test_a_size_that_kubernetes_writes_in_another_unit_is_the_same(cluster, helm, sized):
+    install(helm, **sized)
+    (claim,) = workload(cluster)["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["resources"]["requests"]["storage"].endswith("Ti")
+    upgrade(helm, vllm__args__maxModelLen=4096, **sized)
+    assert "--max-model-len 4096" in " ".join(command(cluster))
+
+
 def test_a_rollback_to_other_claims_is_refused_by_kubernetes_itself(cluster, helm):
     """Helm does not render for a rollback, so the chart is not asked."""
     install(helm, kvCache__retention__whenDeleted="Retain")

@@ -3,7 +3,7 @@
 {{- define "kvo.bytes" -}}
 {{- $text := toString . -}}
 {{- $number := regexFind "^[0-9.]+([eE][+]?[0-9]+)?" $text -}}
-{{- $units := dict "" 1.0 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 -}}
+{{- $units := dict "m" 1e-3 "" 1.0 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 "Ei" 1152921504606846976.0 -}}
 {{- $unit := get $units (trimPrefix $number $text) -}}
 {{- if or (not $number) (kindIs "string" $unit) -}}
 {{- fail (printf "%s is not an amount that this chart understands: write it like 64Gi" $text) -}}
