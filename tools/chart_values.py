@@ -8,8 +8,11 @@ from typing import Any
 
 Leaf = dict[str, Any]
 QUANTITY = r"^([0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?)?$"
-PATH = r"^/[^:]*$"
+PATH = r"^/+[^/:][^:]*$"
 NAME = r"^([a-z]([-a-z0-9]*[a-z0-9])?)?$"
+CHARTS_LABELS = [
+    *(f"app.kubernetes.io/{label}" for label in ("name", "instance", "version", "managed-by", "component")), "helm.sh/chart",
+]  # fmt: skip
 OTHER_SPELLING = "Other spelling of"  # how descriptions of keys begin that have no default of their own
 
 
@@ -50,8 +53,20 @@ def free(says: str, default: dict | None = None) -> Leaf:
     return leaf(default or {}, says, "object", additionalProperties=True)
 
 
-def strings(says: str) -> Leaf:
-    return leaf([], says, "array", items={"type": "string"})
+def labels(says: str) -> Leaf:
+    """Beside the chart's own, by which Services find their pods."""
+    return {**free(says), "propertyNames": {"not": {"enum": CHARTS_LABELS}}}
+
+
+def resources(says: str) -> Leaf:
+    amounts = {"type": ["object", "null"], "additionalProperties": True}
+    return leaf({}, says, "object", additionalProperties=False, properties={
+        "requests": amounts, "limits": amounts, "claims": {"type": "array", "items": {"type": "object"}},
+    })  # fmt: skip
+
+
+def strings(says: str, **of_items: object) -> Leaf:
+    return leaf([], says, "array", items={"type": "string", **of_items})
 
 
 def objects(says: str, default: list | None = None) -> Leaf:
@@ -59,7 +74,7 @@ def objects(says: str, default: list | None = None) -> Leaf:
 
 
 def other_spelling(of: str, kind: str, **more: object) -> Leaf:
-    return {"type": kind, "description": f"{OTHER_SPELLING} `{of}`.", **more}
+    return {"type": [kind, "null"], "description": f"{OTHER_SPELLING} `{of}`.", **more}
 
 
 def image(repository: str, image_tag: str, says: str, tag_says: str) -> dict[str, Leaf]:
@@ -165,15 +180,17 @@ KV_CACHE = {
         "whenDeleted": one_of("Delete", "What becomes of claims when the release is uninstalled.", "Delete", "Retain"),
         "whenScaled": one_of("Retain", "What becomes of claims when replicas are taken away.", "Delete", "Retain"),
     },
-    "existingClaims": strings("For existingClaim: one for each nvmePath."),
-    "hostPaths": strings("For hostPath: a folder of the node for each nvmePath, which must exist."),
+    "existingClaims": {**strings("For existingClaim: one for each nvmePath."), "uniqueItems": True},
+    "hostPaths": {
+        **strings("For hostPath: a folder of the node for each nvmePath, which must exist.", pattern=PATH), "uniqueItems": True,
+    },
     "devicePluginResource": text("phison.com/ai100", "Resource whose device plugin mounts the drive at nvmePath by itself."),
     "fixPermissions": switch(False, "An init container (root, CAP_CHOWN) gives the volume to the server's user: for hostPath."),
 }  # fmt: skip
 
 POD = {
     "podAnnotations": free("Of the pods."),
-    "podLabels": free("Of the pods."),
+    "podLabels": labels("Of the pods."),
     "nodeSelector": free("Nodes by their labels."),
     "tolerations": objects("Taints that the pods accept."),
     "affinity": free("Where pods go, beside what."),
@@ -290,7 +307,7 @@ VALUES: dict[str, Any] = {
         "image": image("ubuntu", "24.04", "Image that the prescript runs in.", "Its tag."),
         "sharedDataPath": text("/data", "Folder that the prescript fills and the server sees.", pattern=PATH),
         "privileged": switch(True, "Run the prescript as privileged root, to mount things; false: as the server's user."),
-        "resources": free("Requests and limits of the chart's init containers."),
+        "resources": resources("Requests and limits of the chart's init containers."),
     },
     "prescript": text("", "Shell script that an init container runs before the server starts."),
     "postscript": text("", "Shell script that runs in the server's container when it is stopped, before it gets SIGTERM."),
@@ -316,7 +333,7 @@ VALUES: dict[str, Any] = {
         "pullPolicy": one_of("IfNotPresent", "When the kubelet pulls it.", "IfNotPresent", "Always", "Never"),
         "mountPath": text("/model", "Where it is mounted.", pattern=PATH),
     },
-    "resources": free("Requests and limits. GPUs and memory are added where they are not named."),
+    "resources": resources("Requests and limits. GPUs and memory are added where they are not named."),
     "gpuResource": text("nvidia.com/gpu", "Asked for, tensorParallelSize times, where `resources` names no GPU; empty: nothing."),
     "resourceClaims": objects("DRA claims of the pod; the main container gets all of them. From Kubernetes 1.31 on."),
     "hostMemory": {
