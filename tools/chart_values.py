@@ -343,7 +343,7 @@ VALUES: dict[str, Any] = {
     },
     "shutdown": {
         "preStopSeconds": whole(15, "Wait before SIGTERM, until load balancers send nothing any more."),
-        "postscriptSeconds": whole(30, "What the postscript may take, if there is one."),
+        "postscriptSeconds": whole(30, "What the postscript may take, if there is one; then it is ended.", 1),
         "drainSeconds": whole(60, "What requests in flight get to end: vLLM's `--shutdown-timeout`."),
         "flushSeconds": whole(5, "What the cache gets to bring its journal to disk.", 3),
         "gracePeriodSeconds": whole(None, "Empty: the sum of these, and 10."),

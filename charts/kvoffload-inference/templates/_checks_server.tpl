@@ -41,7 +41,7 @@
 {{- range .Values.vllm.args.extraArgs -}}
 {{- $name := regexFind "^--[^=]+" . | replace "_" "-" | trimPrefix "--" -}}
 {{- if or (regexMatch "^-tp(=|$)" .) (has $name (concat $vllms $tiers $switches)) -}}
-{{- fail (printf "vllm.args.extraArgs has %s, which the chart sets: use its own value for it" .) -}}
+{{- fail (printf "vllm.args.extraArgs has %s, which the chart sets: use its own value for it, or leave it out" .) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}

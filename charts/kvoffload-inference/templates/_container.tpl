@@ -21,7 +21,7 @@
     preStop:
       exec:
         {{- if include "kvo.hasPostscript" . }}
-        command: [/bin/sh, /etc/kvoffload/prestop.sh, "{{ int .Values.shutdown.preStopSeconds }}"]
+        command: [/bin/sh, /etc/kvoffload/prestop.sh, "{{ int .Values.shutdown.preStopSeconds }}", "{{ int .Values.shutdown.postscriptSeconds }}"]
         {{- else }}
         command: [sleep, "{{ int .Values.shutdown.preStopSeconds }}"]
         {{- end }}
