@@ -10,6 +10,7 @@ Leaf = dict[str, Any]
 QUANTITY = r"^([0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?)?$"
 PATH = r"^/+[^/:][^:]*$"
 NAME = r"^([a-z]([-a-z0-9]*[a-z0-9])?)?$"
+KEY = r"^[-._a-zA-Z0-9]+$"
 CHARTS_LABELS = [
     *(f"app.kubernetes.io/{label}" for label in ("name", "instance", "version", "managed-by", "component")), "helm.sh/chart",
 ]  # fmt: skip
@@ -212,13 +213,13 @@ SECRETS = {
     "huggingface": {
         "token": text("", "Token for gated models, put into a Secret."),
         "existingSecret": text("", "Secret that has it already."),
-        "key": text("token", "Key in that Secret."),
+        "key": text("token", "Key in that Secret.", pattern=KEY),
     },
     "apiKey": {
         "value": text("", "Key that requests must carry, put into a Secret."),
         "generate": switch(False, "Draw one at the first install and keep it; not for tools that only render templates."),
         "existingSecret": text("", "Secret that has it already."),
-        "key": text("api-key", "Key in that Secret."),
+        "key": text("api-key", "Key in that Secret.", pattern=KEY),
     },
 }
 
@@ -245,7 +246,7 @@ NETWORK = {
     },
     "networkPolicy": {
         "enabled": switch(False, "A NetworkPolicy."),
-        "from": objects("Who may reach the API; none: pods of the same namespace."),
+        "from": objects("Who may reach the API and its metrics, a Prometheus elsewhere for example; none: pods of the same namespace."),
         "egress": objects(
             "What the pods may reach beside DNS; a prescript that mounts NFS needs port 2049.",
             [{"ports": [{"port": 443, "protocol": "TCP"}]}],

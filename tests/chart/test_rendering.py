@@ -88,6 +88,13 @@ def test_the_package_renders_alike_and_refuses_alike(tmp_path):
     assert misspelt.returncode != 0 and "modle" in misspelt.stderr
 
 
+def test_labels_are_valid_for_a_package_whose_version_has_build_metadata(tmp_path):
+    assert helm("package", CHART, "-d", tmp_path, "--version", "0.1.0+g1", "--app-version", "0.1.0+cu13").returncode == 0
+    (archive,) = tmp_path.glob("*.tgz")
+    labels = render(with_model(), chart=archive).workload["metadata"]["labels"]
+    assert labels["helm.sh/chart"] == "kvoffload-inference-0.1.0_g1" and labels["app.kubernetes.io/version"] == "0.1.0_cu13"
+
+
 def test_the_rules_are_those_of_the_documentation_and_prometheus_takes_them(tmp_path):
     rendered = render(ci("drives"))
     assert rendered.one("PrometheusRule")["spec"] == yaml.safe_load((ROOT / "docs" / "monitoring" / "alerts.yml").read_text())

@@ -5,6 +5,7 @@
 {{- include "kvo.checkMounts" . -}}
 {{- include "kvo.checkResources" . -}}
 {{- include "kvo.checkCache" . -}}
+{{- include "kvo.checkNames" . -}}{{- /* after what says that a volume lacks its claim */ -}}
 {{- include "kvo.checkReplicas" . -}}
 {{- include "kvo.checkCluster" . -}}
 {{- end }}

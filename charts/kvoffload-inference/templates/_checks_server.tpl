@@ -46,6 +46,23 @@
 {{- end -}}
 {{- end }}
 
+{{- define "kvo.checkNames" -}}
+{{- $lists := dict "extraEnv" "kvo.environment" "extraVolumes" "kvo.volumes" -}}
+{{- range $extra, $whole := $lists -}}
+{{- $names := list -}}
+{{- range include $whole $ | fromYamlArray -}}
+{{- if has .name $names -}}
+{{- fail (printf "%s has %s, which the chart has already: use its own value for it, or another name" $extra .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- end -}}
+{{- $user := include "kvo.podSecurity" . | fromJson -}}
+{{- if and $user.runAsNonRoot (eq (toString $user.runAsUser) "0") -}}
+{{- fail "podSecurityContext.runAsUser is 0 but runAsNonRoot is true, and no container would start: set it to false, too" -}}
+{{- end -}}
+{{- end }}
+
 {{- define "kvo.checkMounts" -}}
 {{- $volumes := dict -}}
 {{- range $mount := include "kvo.mounts" . | fromYamlArray -}}

@@ -10,9 +10,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "kvo.labels" -}}
 {{ include "kvo.selector" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | replace "+" "_" | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{/* metadata of an object that is called NAME: (list $ "name") */}}
