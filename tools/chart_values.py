@@ -246,7 +246,7 @@ NETWORK = {
     },
     "networkPolicy": {
         "enabled": switch(False, "A NetworkPolicy."),
-        "from": objects("Who may reach the API and its metrics, a Prometheus elsewhere for example; none: pods of the same namespace."),
+        "from": objects("Who may reach the API and /metrics, as a Prometheus elsewhere; none: pods of the same namespace."),
         "egress": objects(
             "What the pods may reach beside DNS; a prescript that mounts NFS needs port 2049.",
             [{"ports": [{"port": 443, "protocol": "TCP"}]}],
