@@ -54,9 +54,14 @@ def free(says: str, default: dict | None = None) -> Leaf:
     return leaf(default or {}, says, "object", additionalProperties=True)
 
 
+def texts(says: str, default: dict | None = None) -> Leaf:
+    """A map of text, which Kubernetes takes no true and no 1 for."""
+    return {**free(says, default), "additionalProperties": {"type": ["string", "null"]}}
+
+
 def labels(says: str) -> Leaf:
     """Beside the chart's own, by which Services find their pods."""
-    return {**free(says), "propertyNames": {"not": {"enum": CHARTS_LABELS}}}
+    return {**texts(says), "propertyNames": {"not": {"enum": CHARTS_LABELS}}}
 
 
 def resources(says: str) -> Leaf:
@@ -98,7 +103,7 @@ def monitor(kind: str) -> dict[str, Leaf]:
     return {
         "enabled": switch(False, f"A {kind} for the Prometheus operator."),
         "interval": text("15s", "Between two scrapes."),
-        "labels": free("Labels that your Prometheus selects by."),
+        "labels": texts("Labels that your Prometheus selects by."),
     }
 
 
@@ -176,7 +181,7 @@ KV_CACHE = {
     "accessMode": one_of(
         "ReadWriteOnce", "Of the claims, also of the existing ones.", "ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"
     ),
-    "annotations": free("Of the claims."),
+    "annotations": texts("Of the claims."),
     "retention": {
         "whenDeleted": one_of("Delete", "What becomes of claims when the release is uninstalled.", "Delete", "Retain"),
         "whenScaled": one_of("Retain", "What becomes of claims when replicas are taken away.", "Delete", "Retain"),
@@ -190,9 +195,9 @@ KV_CACHE = {
 }  # fmt: skip
 
 POD = {
-    "podAnnotations": free("Of the pods."),
+    "podAnnotations": texts("Of the pods."),
     "podLabels": labels("Of the pods."),
-    "nodeSelector": free("Nodes by their labels."),
+    "nodeSelector": texts("Nodes by their labels."),
     "tolerations": objects("Taints that the pods accept."),
     "affinity": free("Where pods go, beside what."),
     "topologySpreadConstraints": objects("How replicas are spread."),
@@ -229,18 +234,18 @@ NETWORK = {
         "port": whole(8000, "Port of the Service.", 1, maximum=65535),
         "targetPort": leaf(None, "Follows `vllm.args.port`; another number is refused.", ["integer", "null"]),
         "nodePort": whole(None, "A fixed port on every node.", 1, maximum=65535),
-        "annotations": free("Of the Service."),
+        "annotations": texts("Of the Service."),
     },
     "ingress": {
         "enabled": switch(False, "An Ingress."),
         "className": text("", "IngressClass."),
-        "annotations": free("For example the controller's time-outs: answers take long."),
+        "annotations": texts("For example the controller's time-outs: answers take long."),
         "hosts": strings("Names of hosts."),
         "tls": objects("Secrets with certificates, and their hosts."),
     },
     "httpRoute": {
         "enabled": switch(False, "An HTTPRoute of the Gateway API."),
-        "annotations": free("Of the route."),
+        "annotations": texts("Of the route."),
         "parentRefs": objects("Gateways."),
         "hostnames": strings("Names of hosts."),
     },
@@ -283,17 +288,17 @@ MONITORING = {
         "podMonitor": monitor("PodMonitor"),
         "prometheusRule": {
             "enabled": switch(False, "The alert rules of docs/monitoring, for the Prometheus operator."),
-            "labels": free("Labels that your Prometheus selects by."),
+            "labels": texts("Labels that your Prometheus selects by."),
         },
         "dashboard": {
             "enabled": switch(False, "The Grafana dashboard of docs/monitoring, in a ConfigMap."),
-            "labels": free("Labels that Grafana's sidecar selects by.", {"grafana_dashboard": "1"}),
+            "labels": texts("Labels that Grafana's sidecar selects by.", {"grafana_dashboard": "1"}),
         },
     },
 }
 
 VALUES: dict[str, Any] = {
-    "image": image("ghcr.io/kvoffload/kvoffload", "", "Image with kvoffload and vLLM.", "Empty: the chart's appVersion."),
+    "image": image("ghcr.io/kvoffload/kvoffload", "", "Image with kvoffload and vLLM.", "Or a digest; empty: the appVersion."),
     "imagePullSecrets": objects("Secrets for a private registry."),
     "deployment": {
         "name": text("", "Name of the workload and all that belongs to it; empty: the release's.", maxLength=50, pattern=NAME),
@@ -357,7 +362,7 @@ VALUES: dict[str, Any] = {
     "serviceAccount": {
         "create": switch(True, "A ServiceAccount, whose token is never mounted."),
         "name": text("", "Empty: the workload's name, or default where none is created."),
-        "annotations": free("Of the ServiceAccount."),
+        "annotations": texts("Of the ServiceAccount."),
     },
     **SECRETS,
     **NETWORK,

@@ -114,6 +114,8 @@ def test_lora():
 
 def test_image():
     found = rendered(image=tree(repository="r.io/x", tag="1.10", pullPolicy="Always"), imagePullSecrets=[{"name": "pull"}])
+    digest = rendered(image=tree(repository="r.io/x", tag="sha256:ab"))
+    assert digest.container["image"] == digest.one("Pod")["spec"]["containers"][0]["image"] == "r.io/x@sha256:ab"
     assert found.container["image"] == "r.io/x:1.10" and found.container["imagePullPolicy"] == "Always"
     assert found.pod["imagePullSecrets"] == [{"name": "pull"}]
 
@@ -244,6 +246,14 @@ def test_resources_are_passed_through_and_completed():
     assert default["limits"]["nvidia.com/gpu"] == default["requests"]["nvidia.com/gpu"] == 4
     assert "nvidia.com/gpu" not in rendered(gpuResource="").container["resources"]["limits"]
     assert rendered(resources__limits={"memory": "100Gi"}).container["resources"]["requests"]["memory"] == "100Gi"
+
+
+def test_every_worker_of_a_data_parallel_server_has_memory():
+    args = tree(tensorParallelSize=2, extraArgs=["--data-parallel-size=4"])
+    found = rendered(vllm__args=args, resources__limits={"nvidia.com/gpu": 8})
+    alike = rendered(vllm__args__tensorParallelSize=8)
+    assert found.container["resources"]["limits"] == alike.container["resources"]["limits"]
+    assert found.volumes()["dshm"] == alike.volumes()["dshm"]
 
 
 def test_dra_claims_reach_pod_and_container_and_stand_for_gpus():

@@ -31,7 +31,8 @@ labels:
 {{/* reference of an image: (list $ .Values.image); its tag is the chart's appVersion where it names none */}}
 {{- define "kvo.image" -}}
 {{- $image := index . 1 -}}
-{{- printf "%s:%v" $image.repository ($image.tag | default (index . 0).Chart.AppVersion) -}}
+{{- $tag := $image.tag | default (index . 0).Chart.AppVersion | toString -}}
+{{- printf "%s%s%s" $image.repository (ternary "@" ":" (hasPrefix "sha256:" $tag)) $tag -}}
 {{- end }}
 
 {{/* Kubernetes replaces $(NAME) in commands and variables; what a user wrote stays as it is */}}

@@ -42,20 +42,26 @@
 {{- if include "kvo.offloads" . }}{{ include "kvo.either" (list . "ssdKvOffloadGb" "ssdKVOffloadGb" 500) }}{{ else }}0{{ end -}}
 {{- end }}
 
+{{/* workers of vLLM: a data-parallel one has more GPUs than tensorParallelSize says */}}
+{{- define "kvo.ranks" -}}
+{{- $named := include "kvo.gpus" (list . (default dict (default dict .Values.resources).limits)) | int -}}
+{{- max $named (int .Values.vllm.args.tensorParallelSize) -}}
+{{- end }}
+
 {{/* what the tiers take of host memory: the DRAM tier, or without it the pool that blocks pass through to the SSD */}}
 {{- define "kvo.tierBytes" -}}
 {{- $dram := mulf (include "kvo.dramGb" . | float64) 1e9 -}}
-{{- $pool := mulf 2.5e9 .Values.vllm.args.tensorParallelSize -}}
+{{- $pool := mulf 2.5e9 (include "kvo.ranks" .) -}}
 {{- if $dram }}{{ $dram }}{{ else if ne (include "kvo.ssdGb" . | float64) 0.0 }}{{ $pool }}{{ else }}0{{ end -}}
 {{- end }}
 
 {{- define "kvo.shmSize" -}}
-{{- .Values.volumes.dshm.sizeLimit | default (printf "%dGi" (add 6 (mul 2 (int .Values.vllm.args.tensorParallelSize)))) -}}
+{{- .Values.volumes.dshm.sizeLimit | default (printf "%dGi" (include "kvo.ranks" . | mul 2 | add 6)) -}}
 {{- end }}
 
 {{- define "kvo.memory" -}}
 {{- $shm := ternary (include "kvo.shmSize" .) "0" .Values.volumes.dshm.enabled -}}
-{{- $perGpu := mulf (include "kvo.bytes" .Values.hostMemory.perGpu | float64) .Values.vllm.args.tensorParallelSize -}}
+{{- $perGpu := mulf (include "kvo.bytes" .Values.hostMemory.perGpu | float64) (include "kvo.ranks" .) -}}
 {{- $own := addf (include "kvo.bytes" .Values.hostMemory.base | float64) $perGpu -}}
 {{- addf $own (include "kvo.tierBytes" . | float64) (include "kvo.bytes" $shm | float64) | include "kvo.gi" -}}
 {{- end }}
