@@ -24,6 +24,7 @@
 {{- if $inBytes }}{{ $size = include "kvo.bytes" $size }}{{ end -}}
 {{- $class := .spec.storageClassName | default "the default class" -}}
 {{- $words = append $words (printf "%s of %s" .metadata.name (list $size $class (join " " .spec.accessModes) | join " ")) -}}
+{{- with .metadata.annotations }}{{ $words = append $words (printf "annotated %s" (toJson .)) }}{{ end -}}
 {{- end -}}
 {{- join ", " $words | default "none" -}}
 {{- end }}
