@@ -102,7 +102,7 @@ def probe(period: int, failures: int, says: str) -> dict[str, Leaf]:
 def monitor(kind: str) -> dict[str, Leaf]:
     return {
         "enabled": switch(False, f"A {kind} for the Prometheus operator."),
-        "interval": text("15s", "Between two scrapes."),
+        "interval": text("15s", "Between two scrapes.", pattern=r"^([0-9]+(ms|[smhd]))+$"),
         "labels": texts("Labels that your Prometheus selects by."),
     }
 
@@ -278,7 +278,7 @@ SCALING = {
     },
     "podDisruptionBudget": {
         "enabled": switch(False, "A PodDisruptionBudget."),
-        "maxUnavailable": leaf(1, "Replicas that may be away at once.", ["integer", "string"]),
+        "maxUnavailable": leaf(1, "Replicas that may be away at once.", ["integer", "string"], minimum=0, pattern="^[0-9]+%$"),
     },
 }
 

@@ -99,6 +99,7 @@ WRONG = [
     tree(deployment__name="My Name"), tree(deployment__name="n" * 51),
     tree(kvCache__hostPaths=["srv"]), tree(kvCache__existingClaims=["a", "a"]), tree(vllm__args__nvmePath="//"),
     tree(podAnnotations={"prometheus.io/scrape": True}), tree(nodeSelector={"gpu": 1}), tree(service__annotations={"a": 1}),
+    tree(podDisruptionBudget__maxUnavailable="one"), tree(metrics__podMonitor__interval="15"),
     tree(apiKey__key="a/b"), tree(huggingface__key=""),
     tree(resources__limit={"cpu": 1}), tree(initContainer__resources__cpu=1), tree(resources__limits=["cpu"]),
     tree(podLabels={"app.kubernetes.io/component": "mine"}), tree(podLabels={"app.kubernetes.io/instance": "mine"}),

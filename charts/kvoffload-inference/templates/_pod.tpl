@@ -18,7 +18,7 @@ spec:
   {{- with include "kvo.placement" . | trim }}
   {{- . | nindent 2 }}
   {{- end }}
-  serviceAccountName: {{ include "kvo.serviceAccountName" . }}
+  serviceAccountName: {{ include "kvo.serviceAccountName" . | quote }}
   automountServiceAccountToken: false
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ include "kvo.graceSeconds" . }}
