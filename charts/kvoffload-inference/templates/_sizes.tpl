@@ -59,11 +59,19 @@
 {{- .Values.volumes.dshm.sizeLimit | default (printf "%dGi" (include "kvo.ranks" . | mul 2 | add 6)) -}}
 {{- end }}
 
+{{/* what the scheduler keeps of each block on the SSD, some 460 bytes of blocks that mostly are larger than 460 kB */}}
+{{- define "kvo.indexBytes" -}}
+{{- $gb := include "kvo.ssdGb" . | float64 -}}
+{{- $whole := mulf $gb 1e9 -}}
+{{- if lt $gb 0.0 }}{{ $whole = mulf (include "kvo.bytes" (default "0" .Values.kvCache.size) | float64) (include "kvo.nvmePaths" . | fromJsonArray | len) }}{{ end -}}
+{{- mulf $whole 0.001 -}}
+{{- end }}
+
 {{- define "kvo.memory" -}}
 {{- $shm := ternary (include "kvo.shmSize" .) "0" .Values.volumes.dshm.enabled -}}
 {{- $perGpu := mulf (include "kvo.bytes" .Values.hostMemory.perGpu | float64) (include "kvo.ranks" .) -}}
 {{- $own := addf (include "kvo.bytes" .Values.hostMemory.base | float64) $perGpu -}}
-{{- addf $own (include "kvo.tierBytes" . | float64) (include "kvo.bytes" $shm | float64) | include "kvo.gi" -}}
+{{- addf $own (include "kvo.tierBytes" . | float64) (include "kvo.indexBytes" . | float64) (include "kvo.bytes" $shm | float64) | include "kvo.gi" -}}
 {{- end }}
 
 {{/* Of each volume: its share of the cap, a tenth for the file system (reserved blocks, inodes, what stays free), and 1 GiB. */}}
