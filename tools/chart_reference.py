@@ -29,8 +29,10 @@ def leaves(section: dict[str, Any] = VALUES, above: tuple[str, ...] = ()) -> Ite
 
 
 def schema_of(section: dict[str, Any]) -> dict[str, Any]:
+    """Null takes a default away: what cannot be missing is required, so that Helm names it."""
     properties = {key: entry if is_leaf(entry) else schema_of(entry) for key, entry in section.items()}
-    return {"type": "object", "additionalProperties": False, "properties": properties}
+    required = [key for key, entry in section.items() if not is_leaf(entry) or entry.get("default") not in (None, "", [], {})]
+    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
 
 
 def schema() -> str:

@@ -8,8 +8,12 @@ from typing import Any
 
 Leaf = dict[str, Any]
 QUANTITY = r"^([0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?)?$"
-PATH = r"^/[^:]*$"
+PATH = r"^/+[^/:][^:]*$"
 NAME = r"^([a-z]([-a-z0-9]*[a-z0-9])?)?$"
+KEY = r"^[-._a-zA-Z0-9]+$"
+CHARTS_LABELS = [
+    *(f"app.kubernetes.io/{label}" for label in ("name", "instance", "version", "managed-by", "component")), "helm.sh/chart",
+]  # fmt: skip
 OTHER_SPELLING = "Other spelling of"  # how descriptions of keys begin that have no default of their own
 
 
@@ -50,8 +54,25 @@ def free(says: str, default: dict | None = None) -> Leaf:
     return leaf(default or {}, says, "object", additionalProperties=True)
 
 
-def strings(says: str) -> Leaf:
-    return leaf([], says, "array", items={"type": "string"})
+def texts(says: str, default: dict | None = None) -> Leaf:
+    """A map of text, which Kubernetes takes no true and no 1 for."""
+    return {**free(says, default), "additionalProperties": {"type": ["string", "null"]}}
+
+
+def labels(says: str) -> Leaf:
+    """Beside the chart's own, by which Services find their pods."""
+    return {**texts(says), "propertyNames": {"not": {"enum": CHARTS_LABELS}}}
+
+
+def resources(says: str) -> Leaf:
+    amounts = {"type": ["object", "null"], "additionalProperties": True}
+    return leaf({}, says, "object", additionalProperties=False, properties={
+        "requests": amounts, "limits": amounts, "claims": {"type": "array", "items": {"type": "object"}},
+    })  # fmt: skip
+
+
+def strings(says: str, **of_items: object) -> Leaf:
+    return leaf([], says, "array", items={"type": "string", **of_items})
 
 
 def objects(says: str, default: list | None = None) -> Leaf:
@@ -59,7 +80,7 @@ def objects(says: str, default: list | None = None) -> Leaf:
 
 
 def other_spelling(of: str, kind: str, **more: object) -> Leaf:
-    return {"type": kind, "description": f"{OTHER_SPELLING} `{of}`.", **more}
+    return {"type": [kind, "null"], "description": f"{OTHER_SPELLING} `{of}`.", **more}
 
 
 def image(repository: str, image_tag: str, says: str, tag_says: str) -> dict[str, Leaf]:
@@ -81,8 +102,8 @@ def probe(period: int, failures: int, says: str) -> dict[str, Leaf]:
 def monitor(kind: str) -> dict[str, Leaf]:
     return {
         "enabled": switch(False, f"A {kind} for the Prometheus operator."),
-        "interval": text("15s", "Between two scrapes."),
-        "labels": free("Labels that your Prometheus selects by."),
+        "interval": text("15s", "Between two scrapes.", pattern=r"^([0-9]+(ms|[smhd]))+$"),
+        "labels": texts("Labels that your Prometheus selects by."),
     }
 
 
@@ -160,21 +181,23 @@ KV_CACHE = {
     "accessMode": one_of(
         "ReadWriteOnce", "Of the claims, also of the existing ones.", "ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"
     ),
-    "annotations": free("Of the claims."),
+    "annotations": texts("Of the claims."),
     "retention": {
         "whenDeleted": one_of("Delete", "What becomes of claims when the release is uninstalled.", "Delete", "Retain"),
         "whenScaled": one_of("Retain", "What becomes of claims when replicas are taken away.", "Delete", "Retain"),
     },
-    "existingClaims": strings("For existingClaim: one for each nvmePath."),
-    "hostPaths": strings("For hostPath: a folder of the node for each nvmePath, which must exist."),
+    "existingClaims": {**strings("For existingClaim: one for each nvmePath."), "uniqueItems": True},
+    "hostPaths": {
+        **strings("For hostPath: a folder of the node for each nvmePath, which must exist.", pattern=PATH), "uniqueItems": True,
+    },
     "devicePluginResource": text("phison.com/ai100", "Resource whose device plugin mounts the drive at nvmePath by itself."),
     "fixPermissions": switch(False, "An init container (root, CAP_CHOWN) gives the volume to the server's user: for hostPath."),
 }  # fmt: skip
 
 POD = {
-    "podAnnotations": free("Of the pods."),
-    "podLabels": free("Of the pods."),
-    "nodeSelector": free("Nodes by their labels."),
+    "podAnnotations": texts("Of the pods."),
+    "podLabels": labels("Of the pods."),
+    "nodeSelector": texts("Nodes by their labels."),
     "tolerations": objects("Taints that the pods accept."),
     "affinity": free("Where pods go, beside what."),
     "topologySpreadConstraints": objects("How replicas are spread."),
@@ -195,13 +218,13 @@ SECRETS = {
     "huggingface": {
         "token": text("", "Token for gated models, put into a Secret."),
         "existingSecret": text("", "Secret that has it already."),
-        "key": text("token", "Key in that Secret."),
+        "key": text("token", "Key in that Secret.", pattern=KEY),
     },
     "apiKey": {
         "value": text("", "Key that requests must carry, put into a Secret."),
         "generate": switch(False, "Draw one at the first install and keep it; not for tools that only render templates."),
         "existingSecret": text("", "Secret that has it already."),
-        "key": text("api-key", "Key in that Secret."),
+        "key": text("api-key", "Key in that Secret.", pattern=KEY),
     },
 }
 
@@ -211,24 +234,24 @@ NETWORK = {
         "port": whole(8000, "Port of the Service.", 1, maximum=65535),
         "targetPort": leaf(None, "Follows `vllm.args.port`; another number is refused.", ["integer", "null"]),
         "nodePort": whole(None, "A fixed port on every node.", 1, maximum=65535),
-        "annotations": free("Of the Service."),
+        "annotations": texts("Of the Service."),
     },
     "ingress": {
         "enabled": switch(False, "An Ingress."),
         "className": text("", "IngressClass."),
-        "annotations": free("For example the controller's time-outs: answers take long."),
+        "annotations": texts("For example the controller's time-outs: answers take long."),
         "hosts": strings("Names of hosts."),
         "tls": objects("Secrets with certificates, and their hosts."),
     },
     "httpRoute": {
         "enabled": switch(False, "An HTTPRoute of the Gateway API."),
-        "annotations": free("Of the route."),
+        "annotations": texts("Of the route."),
         "parentRefs": objects("Gateways."),
         "hostnames": strings("Names of hosts."),
     },
     "networkPolicy": {
         "enabled": switch(False, "A NetworkPolicy."),
-        "from": objects("Who may reach the API; none: pods of the same namespace."),
+        "from": objects("Who may reach the API and /metrics, as a Prometheus elsewhere; none: pods of the same namespace."),
         "egress": objects(
             "What the pods may reach beside DNS; a prescript that mounts NFS needs port 2049.",
             [{"ports": [{"port": 443, "protocol": "TCP"}]}],
@@ -255,7 +278,7 @@ SCALING = {
     },
     "podDisruptionBudget": {
         "enabled": switch(False, "A PodDisruptionBudget."),
-        "maxUnavailable": leaf(1, "Replicas that may be away at once.", ["integer", "string"]),
+        "maxUnavailable": leaf(1, "Replicas that may be away at once.", ["integer", "string"], minimum=0, pattern="^[0-9]+%$"),
     },
 }
 
@@ -265,17 +288,17 @@ MONITORING = {
         "podMonitor": monitor("PodMonitor"),
         "prometheusRule": {
             "enabled": switch(False, "The alert rules of docs/monitoring, for the Prometheus operator."),
-            "labels": free("Labels that your Prometheus selects by."),
+            "labels": texts("Labels that your Prometheus selects by."),
         },
         "dashboard": {
             "enabled": switch(False, "The Grafana dashboard of docs/monitoring, in a ConfigMap."),
-            "labels": free("Labels that Grafana's sidecar selects by.", {"grafana_dashboard": "1"}),
+            "labels": texts("Labels that Grafana's sidecar selects by.", {"grafana_dashboard": "1"}),
         },
     },
 }
 
 VALUES: dict[str, Any] = {
-    "image": image("ghcr.io/kvoffload/kvoffload", "", "Image with kvoffload and vLLM.", "Empty: the chart's appVersion."),
+    "image": image("ghcr.io/kvoffload/kvoffload", "", "Image with kvoffload and vLLM.", "Or a digest; empty: the appVersion."),
     "imagePullSecrets": objects("Secrets for a private registry."),
     "deployment": {
         "name": text("", "Name of the workload and all that belongs to it; empty: the release's.", maxLength=50, pattern=NAME),
@@ -290,7 +313,7 @@ VALUES: dict[str, Any] = {
         "image": image("ubuntu", "24.04", "Image that the prescript runs in.", "Its tag."),
         "sharedDataPath": text("/data", "Folder that the prescript fills and the server sees.", pattern=PATH),
         "privileged": switch(True, "Run the prescript as privileged root, to mount things; false: as the server's user."),
-        "resources": free("Requests and limits of the chart's init containers."),
+        "resources": resources("Requests and limits of the chart's init containers."),
     },
     "prescript": text("", "Shell script that an init container runs before the server starts."),
     "postscript": text("", "Shell script that runs in the server's container when it is stopped, before it gets SIGTERM."),
@@ -316,7 +339,7 @@ VALUES: dict[str, Any] = {
         "pullPolicy": one_of("IfNotPresent", "When the kubelet pulls it.", "IfNotPresent", "Always", "Never"),
         "mountPath": text("/model", "Where it is mounted.", pattern=PATH),
     },
-    "resources": free("Requests and limits. GPUs and memory are added where they are not named."),
+    "resources": resources("Requests and limits. GPUs and memory are added where they are not named."),
     "gpuResource": text("nvidia.com/gpu", "Asked for, tensorParallelSize times, where `resources` names no GPU; empty: nothing."),
     "resourceClaims": objects("DRA claims of the pod; the main container gets all of them. From Kubernetes 1.31 on."),
     "hostMemory": {
@@ -326,7 +349,7 @@ VALUES: dict[str, Any] = {
     },
     "shutdown": {
         "preStopSeconds": whole(15, "Wait before SIGTERM, until load balancers send nothing any more."),
-        "postscriptSeconds": whole(30, "What the postscript may take, if there is one."),
+        "postscriptSeconds": whole(30, "What the postscript may take, if there is one; then it is ended.", 1),
         "drainSeconds": whole(60, "What requests in flight get to end: vLLM's `--shutdown-timeout`."),
         "flushSeconds": whole(5, "What the cache gets to bring its journal to disk.", 3),
         "gracePeriodSeconds": whole(None, "Empty: the sum of these, and 10."),
@@ -339,7 +362,7 @@ VALUES: dict[str, Any] = {
     "serviceAccount": {
         "create": switch(True, "A ServiceAccount, whose token is never mounted."),
         "name": text("", "Empty: the workload's name, or default where none is created."),
-        "annotations": free("Of the ServiceAccount."),
+        "annotations": texts("Of the ServiceAccount."),
     },
     **SECRETS,
     **NETWORK,

@@ -87,6 +87,10 @@ class Cluster:
     def write(self, plural: str, namespace: str, made: dict) -> dict:
         version, kind = PLURALS[plural]
         old = self.objects.get((plural, namespace, made["metadata"]["name"]))
+        if kind == "StatefulSet":
+            for template in made["spec"].get("volumeClaimTemplates", []):
+                asked = template["spec"]["resources"]["requests"]
+                asked["storage"] = canonical(asked["storage"])
         if kind == "StatefulSet" and old:
             refuse_changes(old["spec"], made["spec"])
         self.writes += 1
@@ -119,6 +123,15 @@ def ready(made: dict) -> dict:
     """The status of a workload whose pods are all there."""
     counts = dict.fromkeys(("replicas", "readyReplicas", "updatedReplicas", "availableReplicas"), made["spec"]["replicas"])
     return {**counts, "observedGeneration": made["metadata"]["generation"]}
+
+
+def canonical(size: str) -> str:
+    """As Kubernetes writes back a whole number of a binary unit: 1024Gi is 1Ti."""
+    units = ["Mi", "Gi", "Ti", "Pi"]
+    number, unit = size[:-2], size[-2:]
+    while unit in units[:-1] and number.isdigit() and int(number) % 1024 == 0:
+        number, unit = str(int(number) // 1024), units[units.index(unit) + 1]
+    return number + unit
 
 
 def refuse_changes(old: dict, new: dict) -> None:

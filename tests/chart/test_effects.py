@@ -1,6 +1,7 @@
 """Each key of the seed's chart, and each of ours, has the effect that its description promises."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -113,6 +114,8 @@ def test_lora():
 
 def test_image():
     found = rendered(image=tree(repository="r.io/x", tag="1.10", pullPolicy="Always"), imagePullSecrets=[{"name": "pull"}])
+    digest = rendered(image=tree(repository="r.io/x", tag="sha256:ab"))
+    assert digest.container["image"] == digest.one("Pod")["spec"]["containers"][0]["image"] == "r.io/x@sha256:ab"
     assert found.container["image"] == "r.io/x:1.10" and found.container["imagePullPolicy"] == "Always"
     assert found.pod["imagePullSecrets"] == [{"name": "pull"}]
 
@@ -165,12 +168,20 @@ def test_prescript_runs_privileged_unless_that_is_declined_and_the_server_never_
 
 def test_postscript_runs_after_the_wait_and_before_the_end(tmp_path):
     found = rendered(postscript="echo ended", shutdown=tree(preStopSeconds=0, postscriptSeconds=7, drainSeconds=9, flushSeconds=4))
-    assert found.container["lifecycle"]["preStop"]["exec"]["command"] == ["/bin/sh", "/etc/kvoffload/prestop.sh", "0"]
+    assert found.container["lifecycle"]["preStop"]["exec"]["command"] == ["/bin/sh", "/etc/kvoffload/prestop.sh", "0", "7"]
     assert found.pod["terminationGracePeriodSeconds"] == 0 + 7 + 9 + 4 + 10
     for file, text in found.one("ConfigMap", "-scripts")["data"].items():
         (tmp_path / file).write_text(text.replace("/etc/kvoffload", str(tmp_path)))
-    done = subprocess.run(["/bin/sh", tmp_path / "prestop.sh", "0"], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(["/bin/sh", tmp_path / "prestop.sh", "0", "7"], capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout == "ended\n"
+
+
+def test_a_postscript_that_does_not_end_leaves_requests_in_flight_and_the_cache_their_time(tmp_path):
+    """Kubernetes kills a pod whose grace period its hook used up."""
+    for file, text in rendered(postscript="echo begun; sleep 3600").one("ConfigMap", "-scripts")["data"].items():
+        (tmp_path / file).write_text(text.replace("/etc/kvoffload", str(tmp_path)))
+    done = subprocess.run(["/bin/sh", tmp_path / "prestop.sh", "0", "0.2"], capture_output=True, text=True, timeout=20)
+    assert done.stdout == "begun\n" and done.returncode == 124
 
 
 def test_a_stop_waits_drains_and_flushes_before_the_kill():
@@ -216,6 +227,9 @@ def test_memory_holds_the_dram_tier_shared_memory_and_the_server():
         assert resources["requests"]["memory"] == resources["limits"]["memory"]
         return gib(resources["limits"]["memory"])
 
+    few = memory(vllm__args__ssdKvOffloadGb=1)
+    assert memory(vllm__args__ssdKvOffloadGb=30000) == few + 28, "a thousandth, for what is kept of each block"
+    assert memory(vllm__args__ssdKvOffloadGb=-1, kvCache__size="28000Gi") == few + 28
     small = memory(vllm__args__ssdKvOffloadGb=0)
     assert small == 8 + 8 + 8
     assert memory(vllm__args__ssdKvOffloadGb=0, vllm__args__dramKvOffloadGb=64) == small + 60  # 59.6
@@ -235,6 +249,14 @@ def test_resources_are_passed_through_and_completed():
     assert default["limits"]["nvidia.com/gpu"] == default["requests"]["nvidia.com/gpu"] == 4
     assert "nvidia.com/gpu" not in rendered(gpuResource="").container["resources"]["limits"]
     assert rendered(resources__limits={"memory": "100Gi"}).container["resources"]["requests"]["memory"] == "100Gi"
+
+
+def test_every_worker_of_a_data_parallel_server_has_memory():
+    args = tree(tensorParallelSize=2, extraArgs=["--data-parallel-size=4"])
+    found = rendered(vllm__args=args, resources__limits={"nvidia.com/gpu": 8})
+    alike = rendered(vllm__args__tensorParallelSize=8)
+    assert found.container["resources"]["limits"] == alike.container["resources"]["limits"]
+    assert found.volumes()["dshm"] == alike.volumes()["dshm"]
 
 
 def test_dra_claims_reach_pod_and_container_and_stand_for_gpus():
@@ -390,6 +412,14 @@ def test_autoscaling_and_disruption():
     for scaled in (found, keda):
         assert "replicas" not in scaled.workload["spec"], "an upgrade would undo what was scaled"
     assert keda.one("PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    for asked, mine, other in [
+        (keda, "release-kvoffload-inference-12", "release-kvoffload-inference-b-0"),
+        (rendered(autoscaling__keda__enabled=True, kvCache__type="ephemeral"),
+         "release-kvoffload-inference-7d9f5b-x2x4z", "release-kvoffload-inference-b-7d9f5b-x2x4z"),
+    ]:  # fmt: skip
+        query = asked.one("ScaledObject")["spec"]["triggers"][0]["metadata"]["query"]
+        (pods,) = re.findall('pod=~"(.*)"', query)
+        assert re.fullmatch(pods, mine) and not re.fullmatch(pods, other), "another release's requests are its own"
     own = tree(maxReplicas=9, scaleDownSeconds=60, hpa=tree(enabled=True, metric="m", target="3"))
     spec = rendered(autoscaling=own, kvCache__type="ephemeral").one("HorizontalPodAutoscaler")["spec"]
     assert spec["maxReplicas"] == 9 and spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 60

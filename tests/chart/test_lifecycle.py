@@ -166,6 +166,32 @@ def test_a_tier_that_needs_other_claims_is_refused_by_a_sentence_until_the_set_i
     assert "--ssd-kv-offload-gb 900" in " ".join(command(cluster))
 
 
+@pytest.mark.parametrize("sized", [{"kvCache__size": "2048Gi"}, {"vllm__args__ssdKvOffloadGb": 998}], ids=str)
+def test_a_size_that_kubernetes_writes_in_another_unit_is_the_same(cluster, helm, sized):
+    install(helm, **sized)
+    (claim,) = workload(cluster)["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["resources"]["requests"]["storage"].endswith("Ti")
+    upgrade(helm, vllm__args__maxModelLen=4096, **sized)
+    assert "--max-model-len 4096" in " ".join(command(cluster))
+
+
+def test_other_annotations_of_claims_are_refused_before_anything_is_changed(cluster, helm):
+    install(helm, kvCache__annotations={"team": "a"})
+    upgrade(helm, kvCache__annotations={"team": "a"}, vllm__args__maxModelLen=4096)
+    refused = helm.run("upgrade", RELEASE, CHART, *values(kvCache__annotations={"team": "b"}), *WAIT)
+    assert refused.returncode != 0 and 'ReadWriteOnce, annotated {"team":"a"} to kv-cache-0' in refused.stderr
+
+
+def test_switching_the_ssd_tier_off_takes_the_claims_unless_they_are_to_stay(cluster, helm):
+    install(helm)
+    upgrade(helm, vllm__args__disableKvCache=True)
+    assert cluster.names("statefulsets") == cluster.names("persistentvolumeclaims") == []
+    helm("uninstall", RELEASE, *WAIT)
+    install(helm, kvCache__retention__whenDeleted="Retain")
+    upgrade(helm, kvCache__retention__whenDeleted="Retain", vllm__args__disableKvCache=True)
+    assert cluster.names("persistentvolumeclaims") == [CLAIM]
+
+
 def test_a_rollback_to_other_claims_is_refused_by_kubernetes_itself(cluster, helm):
     """Helm does not render for a rollback, so the chart is not asked."""
     install(helm, kvCache__retention__whenDeleted="Retain")

@@ -1,11 +1,19 @@
 """What the chart refuses: keys that nobody reads, and values that contradict each other, each with one sentence."""
 
+import copy
+import functools
+import json
 import math
 
+import jsonschema
 import pytest
+import yaml
+from typer.main import get_command
 
+from kvoffload.cli import app
 from kvoffload.layout import free_floor
 from tests.chart.rendering import CHART, ci, helm, merged, refusal, render, tree, with_model
+from tools import chart_reference
 
 MISSPELT = [
     "vllm__args__dramKvOffloadGB", "vllm__args__ssdKvoffloadGb", "vllm__args__resumeKvcache", "vllm__args__nvme_path",
@@ -31,11 +39,25 @@ CONTRADICTIONS = [
     (tree(vllm__args__extraArgs=["--port=9000"]), "--port=9000, which the chart sets"),
     (tree(vllm__args__extraArgs=["--shutdown_timeout", "1"]), "which the chart sets"),
     (tree(vllm__args__extraArgs=["-tp", "2"]), "which the chart sets"),
+    (tree(vllm__args__extraArgs=["--dram-kv-offload-gb=200"]), "which the chart sets"),
+    (tree(vllm__args__nvmePath="/tmp/"), "two volumes, tmp and kv-cache-0, would be mounted at /tmp"),
+    (tree(vllm__args__nvmePath=["/a", "/b/../a"]), "two volumes, kv-cache-0 and kv-cache-1, would be mounted at /a"),
+    (tree(extraVolumeMounts=[{"name": "mine", "mountPath": "/data"}]), "shared-data and mine, would be mounted at /data"),
+    (tree(kvCache__existingClaims=["mine"]), "kvCache.existingClaims is given but kvCache.type is claimTemplate"),
+    (tree(kvCache__hostPaths=["/mine"], kvCache__type="emptyDir"), "kvCache.hostPaths is given but kvCache.type is emptyDir"),
+    (tree(extraEnv=[{"name": "HOME", "value": "/x"}]), "extraEnv has HOME, which the chart has already"),
+    (tree(extraVolumes=[{"name": "tmp", "emptyDir": {}}]), "extraVolumes has tmp, which the chart has already"),
+    (tree(podSecurityContext__runAsUser=0), "no container would start"),
+    (tree(vllm__lora__runtimeUpdates=True), "vllm.lora.enable is not: set it, too"),
     (tree(vllm__lora__enable=True), "names no adapter"),
     (tree(vllm__lora__enable=True, vllm__lora__modules=" "), "names no adapter"),
     (tree(vllm__lora__enable=True, vllm__lora__modules="a=/a /b"), "vllm.lora.modules has /b"),
     (tree(resources__limits={"nvidia.com/gpu": 2}), "limits name 2 GPUs and vllm.args.tensorParallelSize is 1"),
     (tree(resources__requests={"otterscale.com/vgpu": 1}, vllm__args__tensorParallelSize=2), "requests name 1 GPUs"),
+    (tree(resources__limits={"nvidia.com/gpu": 0}), "limits name 0 GPUs"),
+    (tree(resources__limits={"nvidia.com/gpu": 0.5}), "limits name 0.5 GPUs"),
+    (tree(resources__requests={"nvidia.com/gpu": 1}), "resources.limits has not"),
+    (tree(resources=tree(requests={"x.com/ssd": 2}, limits={"x.com/ssd": 1})), "resources.requests has x.com/ssd: 2"),
     (tree(resources__limits={"nvidia.com/mig-1g.10gb": 3}), "limits name 3 GPUs"),
     (tree(resources__limits={"example.com/gpu": "2"}, gpuResource="example.com/gpu"), "limits name 2 GPUs"),
     (tree(kvCache__size="400Gi"), "more than kvCache.size 400Gi"),
@@ -75,6 +97,12 @@ WRONG = [
     tree(kvCache__type="nfs"), tree(kvCache__size="lots"), tree(kvCache__accessMode="ReadOnlyMany"),
     tree(volumes__dshm__sizeLimit="30GB"), tree(deployment__replicas=-1),
     tree(deployment__name="My Name"), tree(deployment__name="n" * 51),
+    tree(kvCache__hostPaths=["srv"]), tree(kvCache__existingClaims=["a", "a"]), tree(vllm__args__nvmePath="//"),
+    tree(podAnnotations={"prometheus.io/scrape": True}), tree(nodeSelector={"gpu": 1}), tree(service__annotations={"a": 1}),
+    tree(podDisruptionBudget__maxUnavailable="one"), tree(metrics__podMonitor__interval="15"),
+    tree(apiKey__key="a/b"), tree(huggingface__key=""),
+    tree(resources__limit={"cpu": 1}), tree(initContainer__resources__cpu=1), tree(resources__limits=["cpu"]),
+    tree(podLabels={"app.kubernetes.io/component": "mine"}), tree(podLabels={"app.kubernetes.io/instance": "mine"}),
     tree(shutdown__drainSeconds=-1), tree(resources=[]), tree(extraEnv={"A": "b"}),
 ]  # fmt: skip
 
@@ -107,6 +135,11 @@ def test_a_value_of_the_wrong_kind_or_range_is_refused_by_the_schema(values):
         tree(shutdown__gracePeriodSeconds=80),
         tree(vllm__lora__enable=True, vllm__lora__runtimeUpdates=True),
         tree(gpuResource="", vllm__args__tensorParallelSize=2),
+        tree(podSecurityContext=tree(runAsUser=0, runAsNonRoot=False)),
+        tree(podSecurityContext=tree(runAsUser=None, runAsGroup=None, fsGroup=None)),
+        tree(podLabels={"app.kubernetes.io/part-of": "mine"}),
+        tree(resources=tree(limits={"nvidia.com/gpu": 1}, requests={"nvidia.com/gpu": "1"})),
+        tree(vllm__args__ssdKVOffloadGb=None, vllm__args__resumeKVCache=None),
         tree(resources__limits={"nvidia.com/gpu": 4}, vllm__args=tree(tensorParallelSize=2, extraArgs=["--data-parallel-size=2"])),
         tree(image__tag=24.04),
         tree(vllm__env__vllmUseV1=1),
@@ -115,6 +148,37 @@ def test_a_value_of_the_wrong_kind_or_range_is_refused_by_the_schema(values):
 )
 def test_what_is_just_right_is_not_refused(values):
     assert render(merged(with_model(), values)).container
+
+
+def test_every_option_of_serve_is_refused_among_the_extra_arguments():
+    for option in {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts} - {"--help"}:
+        assert f"extraArgs has {option}, which the chart sets" in refusal(with_model(vllm__args__extraArgs=[option]))
+
+
+def test_a_null_is_refused_by_the_name_of_its_key_or_means_the_default():
+    nulls = [path for path, entry in chart_reference.leaves() if "default" in entry and path != ("vllm", "args", "model")]
+    schema = jsonschema.Draft7Validator(json.loads((CHART / "values.schema.json").read_text()))
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    taken, empty = [], with_model()
+    for path in nulls:
+        left = copy.deepcopy(defaults)
+        functools.reduce(dict.get, path[:-1], left).pop(path[-1])
+        said = [error.message for error in schema.iter_errors(left)]
+        assert said in ([], [f"{path[-1]!r} is a required property"])
+        if not said:
+            taken.append(path)
+            empty = merged(empty, tree(**{"__".join(path): None}))
+    assert len(nulls) > len(taken) > 30
+    assert render(empty).objects == render(with_model()).objects
+    assert "port is required" in refusal(with_model(vllm__args__port=None))
+    assert "deployment is required" in refusal(with_model(deployment=None))
+
+
+@pytest.mark.parametrize("release", ["7b", "a.b"])
+def test_a_release_whose_name_no_service_can_have_is_told_to_name_its_deployment(release):
+    refused = helm("template", release, CHART, "--set", "vllm.args.model=m")
+    assert refused.returncode != 0 and f"a Service cannot be called {release}-kvoffload-inference: give" in refused.stderr
+    assert helm("template", release, CHART, "--set", "vllm.args.model=m,deployment.name=llm").returncode == 0
 
 
 @pytest.mark.parametrize("gib", [10, 400, 4096])

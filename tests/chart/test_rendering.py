@@ -88,6 +88,34 @@ def test_the_package_renders_alike_and_refuses_alike(tmp_path):
     assert misspelt.returncode != 0 and "modle" in misspelt.stderr
 
 
+def test_names_that_yaml_would_read_as_numbers_or_truths_are_names(tmp_path):
+    own = tmp_path / "values.yaml"
+    values = with_model(
+        deployment__name="no",
+        serviceAccount__name="true",
+        metrics__podMonitor=tree(enabled=True, interval="15s"),
+        ingress=tree(enabled=True, hosts=["1"]),
+        httpRoute=tree(enabled=True, parentRefs=[{"name": "gateway"}]),
+        networkPolicy__enabled=True,
+        podDisruptionBudget=tree(enabled=True, maxUnavailable="50%"),
+    )
+    own.write_text(yaml.safe_dump(values))
+    done = helm("template", "1e3", CHART, "-f", own, "--namespace", "123")
+    assert done.returncode == 0, done.stderr
+    for found in Rendered(done.stdout).objects:
+        labels = {"app.kubernetes.io/instance": "1e3", "app.kubernetes.io/name": "kvoffload-inference"}
+        assert found["metadata"]["namespace"] == "123" and labels.items() <= found["metadata"]["labels"].items()
+        assert isinstance(found["metadata"]["name"], str)
+        validate(found, NEWEST)
+
+
+def test_labels_are_valid_for_a_package_whose_version_has_build_metadata(tmp_path):
+    assert helm("package", CHART, "-d", tmp_path, "--version", "0.1.0+g1", "--app-version", "0.1.0+cu13").returncode == 0
+    (archive,) = tmp_path.glob("*.tgz")
+    labels = render(with_model(), chart=archive).workload["metadata"]["labels"]
+    assert labels["helm.sh/chart"] == "kvoffload-inference-0.1.0_g1" and labels["app.kubernetes.io/version"] == "0.1.0_cu13"
+
+
 def test_the_rules_are_those_of_the_documentation_and_prometheus_takes_them(tmp_path):
     rendered = render(ci("drives"))
     assert rendered.one("PrometheusRule")["spec"] == yaml.safe_load((ROOT / "docs" / "monitoring" / "alerts.yml").read_text())

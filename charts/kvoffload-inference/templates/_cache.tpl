@@ -7,10 +7,11 @@
 
 {{/* which of kvCache.type it is; none without an SSD tier */}}
 {{- define "kvo.cacheType" -}}
-{{- $resources := merge dict (default dict .Values.resources.limits) (default dict .Values.resources.requests) -}}
+{{- $given := default dict .Values.resources -}}
+{{- $resources := merge dict (default dict $given.limits) (default dict $given.requests) -}}
 {{- if eq (include "kvo.ssdGb" . | float64) 0.0 -}}none
 {{- else if .Values.kvCache.type }}{{ .Values.kvCache.type -}}
-{{- else if hasKey $resources .Values.kvCache.devicePluginResource -}}devicePlugin
+{{- else if hasKey $resources (default "" .Values.kvCache.devicePluginResource) -}}devicePlugin
 {{- else -}}claimTemplate
 {{- end -}}
 {{- end }}

@@ -2,60 +2,34 @@
 
 {{- define "kvo.checks" -}}
 {{- include "kvo.checkServer" . -}}
+{{- include "kvo.checkMounts" . -}}
 {{- include "kvo.checkResources" . -}}
 {{- include "kvo.checkCache" . -}}
+{{- include "kvo.checkNames" . -}}{{- /* after what says that a volume lacks its claim */ -}}
 {{- include "kvo.checkReplicas" . -}}
 {{- include "kvo.checkCluster" . -}}
 {{- end }}
 
-{{- define "kvo.checkServer" -}}
-{{- $args := .Values.vllm.args -}}
-{{- if not $args.model -}}
-{{- fail "no model is named: set vllm.args.model to a path in the container or a name on Hugging Face" -}}
-{{- end -}}
-{{- if and (or $args.resumeKvCache $args.resumeKVCache) (or $args.noResumeKvCache $args.noResumeKVCache) -}}
-{{- fail "vllm.args.resumeKvCache and noResumeKvCache contradict each other: leave one of them out" -}}
-{{- end -}}
-{{- if and .Values.service.targetPort (ne (int .Values.service.targetPort) (int $args.port)) -}}
-{{- fail (printf "service.targetPort is %v and vllm.args.port is %v: leave targetPort out, it follows the port" .Values.service.targetPort $args.port) -}}
-{{- end -}}
-{{- if and .Values.service.nodePort (eq .Values.service.type "ClusterIP") -}}
-{{- fail "service.nodePort is set but service.type is ClusterIP: leave nodePort out, or set the type to NodePort" -}}
-{{- end -}}
-{{- range $args.extraArgs -}}
-{{- if regexMatch "^(-tp|--(port|tensor[-_]parallel[-_]size|shutdown[-_]timeout|served[-_]model[-_]name|nvme[-_]path|kv[-_]transfer[-_]config))(=|$)" . -}}
-{{- fail (printf "vllm.args.extraArgs has %s, which the chart sets: use its own value for it" .) -}}
-{{- end -}}
-{{- end -}}
-{{- if .Values.vllm.lora.enable -}}
-{{- $modules := include "kvo.loraModules" . | fromJsonArray -}}
-{{- if and (not $modules) (not .Values.vllm.lora.runtimeUpdates) -}}
-{{- fail "vllm.lora.enable is true and vllm.lora.modules names no adapter: give name=path, or set vllm.lora.runtimeUpdates" -}}
-{{- end -}}
-{{- range $modules -}}
-{{- if not (regexMatch "^[^=]+=.+$" .) }}{{ fail (printf "vllm.lora.modules has %s: write an adapter as name=path" .) }}{{ end -}}
-{{- end -}}
-{{- end -}}
-{{- $grace := include "kvo.graceSeconds" . | int -}}
-{{- $least := include "kvo.leastGrace" . | int -}}
-{{- if lt $grace $least -}}
-{{- fail (printf "shutdown.gracePeriodSeconds is %d but waiting, postscript, drain and flush take %d: raise it, or leave it out" $grace $least) -}}
-{{- end -}}
-{{- end }}
-
 {{- define "kvo.checkResources" -}}
 {{- $gpus := int .Values.vllm.args.tensorParallelSize -}}
-{{- $parallel := regexMatch "(^| )(-dp|--data[-_]parallel[-_]size)" (join " " .Values.vllm.args.extraArgs) -}}
+{{- $resources := default dict .Values.resources -}}
+{{- $parallel := regexMatch "(^| )(-dp|--data[-_]parallel[-_]size)" (join " " (default list .Values.vllm.args.extraArgs)) -}}
 {{- range $which := list "requests" "limits" -}}
-{{- $named := include "kvo.gpus" (list $ (get $.Values.resources $which | default dict)) | int -}}
-{{- if and $named (ne $named $gpus) (not $parallel) -}}
-{{- fail (printf "resources.%s name %d GPUs and vllm.args.tensorParallelSize is %d: they must be equal" $which $named $gpus) -}}
+{{- $named := include "kvo.gpus" (list $ (get $resources $which | default dict)) -}}
+{{- if and $named (ne $named (toString $gpus)) (not $parallel) -}}
+{{- fail (printf "resources.%s name %s GPUs and vllm.args.tensorParallelSize is %d: they must be equal" $which $named $gpus) -}}
 {{- end -}}
-{{- with get (get $.Values.resources $which | default dict) "memory" -}}
+{{- with get (get $resources $which | default dict) "memory" -}}
 {{- $tiers := include "kvo.tierBytes" $ | float64 -}}
 {{- if le (include "kvo.bytes" . | float64) $tiers -}}
 {{- fail (printf "resources.%s.memory is %v but the cache alone takes %s of it: raise it, lower vllm.args.dramKvOffloadGb, or leave it out" $which . (include "kvo.gi" $tiers)) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $limits := default dict $resources.limits -}}
+{{- range $name, $count := $resources.requests -}}
+{{- if and (contains "/" $name) (ne (toString $count) (get $limits $name | toString)) -}}
+{{- fail (printf "resources.requests has %s: %v, and resources.limits has not: name it there alike, Kubernetes gives no devices otherwise" $name $count) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
@@ -86,7 +60,10 @@
 {{- end -}}
 {{- end -}}
 {{- range $which, $named := dict "existingClaim" $cache.existingClaims "hostPath" $cache.hostPaths -}}
-{{- if and (eq $type $which) (ne (len $named) $paths) -}}
+{{- if and $named (not (has $type (list $which "none"))) -}}
+{{- fail (printf "kvCache.%ss is given but kvCache.type is %s: set the type to %s, or leave them out" $which $type $which) -}}
+{{- end -}}
+{{- if and (eq $type $which) (ne (len (default list $named)) $paths) -}}
 {{- fail (printf "kvCache.%ss names %d and vllm.args.nvmePath %d: give one for each path" $which (len $named) $paths) -}}
 {{- end -}}
 {{- end -}}
@@ -122,6 +99,10 @@
 {{- end }}
 
 {{- define "kvo.checkCluster" -}}
+{{- $name := include "kvo.name" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "a Service cannot be called %s: give deployment.name, of small letters, digits and dashes, a letter first" $name) -}}
+{{- end -}}
 {{- if semverCompare "<1.31.0-0" .Capabilities.KubeVersion.Version -}}
 {{- if .Values.modelImage.reference }}{{ fail "modelImage needs Kubernetes 1.31 or newer: copy the model in a prescript instead" }}{{ end -}}
 {{- if .Values.resourceClaims }}{{ fail "resourceClaims need Kubernetes 1.31 or newer: name GPUs in resources instead" }}{{ end -}}

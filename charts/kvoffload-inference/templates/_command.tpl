@@ -31,7 +31,7 @@
 {{- $words = concat $words (list "--enable-lora" "--max-lora-rank" (include "kvo.number" .Values.vllm.lora.maxRank)) -}}
 {{- with include "kvo.loraModules" . | fromJsonArray }}{{ $words = concat $words (list "--lora-modules") . }}{{ end -}}
 {{- end -}}
-{{- $words = concat $words (include "kvo.offloadFlags" . | fromJsonArray) $args.extraArgs -}}
+{{- $words = concat $words (include "kvo.offloadFlags" . | fromJsonArray) (default list $args.extraArgs) -}}
 {{- $literal := list -}}
 {{- range $words }}{{ $literal = append $literal (include "kvo.literal" .) }}{{ end -}}
 {{- toJson $literal -}}

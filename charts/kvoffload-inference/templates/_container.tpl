@@ -20,8 +20,8 @@
   lifecycle:
     preStop:
       exec:
-        {{- if trim .Values.postscript }}
-        command: [/bin/sh, /etc/kvoffload/prestop.sh, "{{ int .Values.shutdown.preStopSeconds }}"]
+        {{- if include "kvo.hasPostscript" . }}
+        command: [/bin/sh, /etc/kvoffload/prestop.sh, "{{ int .Values.shutdown.preStopSeconds }}", "{{ int .Values.shutdown.postscriptSeconds }}"]
         {{- else }}
         command: [sleep, "{{ int .Values.shutdown.preStopSeconds }}"]
         {{- end }}
@@ -46,7 +46,7 @@
 {{- if .Values.vllm.lora.adapters.existingClaim }}
 - {name: adapters, mountPath: {{ .Values.vllm.lora.adapters.path | quote }}, readOnly: true}
 {{- end }}
-{{- if trim .Values.postscript }}
+{{- if include "kvo.hasPostscript" . }}
 - {name: scripts, mountPath: /etc/kvoffload, readOnly: true}
 {{- end }}
 {{- with .Values.extraVolumeMounts }}
@@ -75,7 +75,7 @@ emptyDir: {{ ternary (dict "sizeLimit" .sizeLimit) dict (not (empty .sizeLimit))
 - name: dshm
   emptyDir: {medium: Memory, sizeLimit: {{ include "kvo.shmSize" . }}}
 {{- end }}
-{{- if or (include "kvo.hasPrescript" .) (trim .Values.postscript) }}
+{{- if or (include "kvo.hasPrescript" .) (include "kvo.hasPostscript" .) }}
 - name: scripts
   configMap: {name: {{ include "kvo.name" . }}-scripts}
 {{- end }}

@@ -4,22 +4,22 @@
 {{- end }}
 
 {{- define "kvo.selector" -}}
-app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ .Chart.Name | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "kvo.labels" -}}
 {{ include "kvo.selector" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | replace "+" "_" | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{/* metadata of an object that is called NAME: (list $ "name") */}}
 {{- define "kvo.metadata" -}}
 {{- $root := index . 0 -}}
-name: {{ index . 1 }}
-namespace: {{ $root.Release.Namespace }}
+name: {{ index . 1 | quote }}
+namespace: {{ $root.Release.Namespace | quote }}
 labels:
   {{- include "kvo.labels" $root | nindent 2 }}
 {{- end }}
@@ -31,7 +31,8 @@ labels:
 {{/* reference of an image: (list $ .Values.image); its tag is the chart's appVersion where it names none */}}
 {{- define "kvo.image" -}}
 {{- $image := index . 1 -}}
-{{- printf "%s:%v" $image.repository ($image.tag | default (index . 0).Chart.AppVersion) -}}
+{{- $tag := $image.tag | default (index . 0).Chart.AppVersion | toString -}}
+{{- printf "%s%s%s" $image.repository (ternary "@" ":" (hasPrefix "sha256:" $tag)) $tag -}}
 {{- end }}
 
 {{/* Kubernetes replaces $(NAME) in commands and variables; what a user wrote stays as it is */}}

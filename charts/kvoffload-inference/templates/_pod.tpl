@@ -9,8 +9,8 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
-    checksum/scripts: {{ list .Values.prescript .Values.postscript | toJson | sha256sum }}
-    checksum/secrets: {{ list .Values.huggingface .Values.apiKey | toJson | sha256sum | trunc 8 | quote }}
+    checksum/scripts: {{ list (default "" .Values.prescript) (default "" .Values.postscript) | toJson | sha256sum }}
+    checksum/secrets: {{ list (default "" .Values.huggingface.token) (default "" .Values.apiKey.value) | toJson | sha256sum | trunc 8 | quote }}
     {{- with .Values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -18,7 +18,7 @@ spec:
   {{- with include "kvo.placement" . | trim }}
   {{- . | nindent 2 }}
   {{- end }}
-  serviceAccountName: {{ include "kvo.serviceAccountName" . }}
+  serviceAccountName: {{ include "kvo.serviceAccountName" . | quote }}
   automountServiceAccountToken: false
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ include "kvo.graceSeconds" . }}

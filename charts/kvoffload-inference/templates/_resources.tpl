@@ -4,21 +4,22 @@
 {{- list .Values.gpuResource "nvidia.com/gpu" "amd.com/gpu" "gpu.intel.com/i915" "gpu.intel.com/xe" "otterscale.com/vgpu" | uniq | toJson -}}
 {{- end }}
 
-{{/* how many GPUs a map of resources names: (list $ map) */}}
+{{/* how many GPUs a map of resources names, nothing where it names none: (list $ map) */}}
 {{- define "kvo.gpus" -}}
 {{- $names := include "kvo.gpuNames" (index . 0) | fromJsonArray -}}
-{{- $sum := 0 -}}
+{{- $counts := list -}}
 {{- range $name, $count := index . 1 -}}
-{{- if or (has $name $names) (hasPrefix "nvidia.com/mig-" $name) }}{{ $sum = add $sum (int $count) }}{{ end -}}
+{{- if or (has $name $names) (hasPrefix "nvidia.com/mig-" $name) }}{{ $counts = append $counts $count }}{{ end -}}
 {{- end -}}
-{{- $sum -}}
+{{- if eq (len $counts) 1 }}{{ first $counts }}{{ else if $counts }}{{ $sum := 0 }}{{ range $counts }}{{ $sum = addf $sum . }}{{ end }}{{ $sum }}{{ end -}}
 {{- end }}
 
 {{- define "kvo.resources" -}}
-{{- $requests := deepCopy (default dict .Values.resources.requests) -}}
-{{- $limits := deepCopy (default dict .Values.resources.limits) -}}
-{{- $named := add (include "kvo.gpus" (list . $requests)) (include "kvo.gpus" (list . $limits)) -}}
-{{- if and .Values.gpuResource (eq $named 0) (not .Values.resourceClaims) -}}
+{{- $resources := default dict .Values.resources -}}
+{{- $requests := deepCopy (default dict $resources.requests) -}}
+{{- $limits := deepCopy (default dict $resources.limits) -}}
+{{- $named := print (include "kvo.gpus" (list . $requests)) (include "kvo.gpus" (list . $limits)) -}}
+{{- if and .Values.gpuResource (not $named) (not .Values.resourceClaims) -}}
 {{- $_ := set $requests .Values.gpuResource (int .Values.vllm.args.tensorParallelSize) -}}
 {{- $_ := set $limits .Values.gpuResource (int .Values.vllm.args.tensorParallelSize) -}}
 {{- end -}}
@@ -30,7 +31,7 @@
 {{- $volumes := include "kvo.nvmePaths" . | fromJsonArray | len -}}
 {{- $_ := set $requests "ephemeral-storage" (mulf (include "kvo.bytes" (include "kvo.volumeSize" .) | float64) $volumes | include "kvo.gi") -}}
 {{- end -}}
-{{- $made := omit (deepCopy .Values.resources) "requests" "limits" -}}
+{{- $made := omit (deepCopy $resources) "requests" "limits" -}}
 {{- $_ := set $made "requests" $requests -}}
 {{- $_ := set $made "limits" $limits -}}
 {{- if and .Values.resourceClaims (not (hasKey $made "claims")) -}}
@@ -49,5 +50,5 @@
 
 {{- define "kvo.leastGrace" -}}
 {{- $stop := .Values.shutdown -}}
-{{- add $stop.preStopSeconds (ternary $stop.postscriptSeconds 0 (not (empty (trim .Values.postscript)))) $stop.drainSeconds $stop.flushSeconds -}}
+{{- add $stop.preStopSeconds (ternary $stop.postscriptSeconds 0 (not (empty (include "kvo.hasPostscript" .)))) $stop.drainSeconds $stop.flushSeconds -}}
 {{- end }}

@@ -5,7 +5,7 @@
 {{- $user := ternary 0 1000 $root -}}
 {{- $seccomp := dict "type" "RuntimeDefault" -}}
 {{- $made := dict "runAsNonRoot" (not $root) "runAsUser" $user "runAsGroup" $user "fsGroup" $user "fsGroupChangePolicy" "OnRootMismatch" "seccompProfile" $seccomp -}}
-{{- mergeOverwrite $made (deepCopy .Values.podSecurityContext) | toJson -}}
+{{- mergeOverwrite $made (deepCopy (default dict .Values.podSecurityContext)) | toJson -}}
 {{- end }}
 
 {{- define "kvo.hardened" -}}
@@ -13,11 +13,15 @@
 {{- end }}
 
 {{- define "kvo.mainSecurity" -}}
-{{- mergeOverwrite (include "kvo.hardened" . | fromJson) (deepCopy .Values.securityContext) | toJson -}}
+{{- mergeOverwrite (include "kvo.hardened" . | fromJson) (deepCopy (default dict .Values.securityContext)) | toJson -}}
 {{- end }}
 
 {{- define "kvo.hasPrescript" -}}
-{{- if and .Values.initContainer.enabled (trim .Values.prescript) }}true{{ end -}}
+{{- if and .Values.initContainer.enabled (trim (default "" .Values.prescript)) }}true{{ end -}}
+{{- end }}
+
+{{- define "kvo.hasPostscript" -}}
+{{- if trim (default "" .Values.postscript) }}true{{ end -}}
 {{- end }}
 
 {{- define "kvo.prescriptSecurity" -}}
