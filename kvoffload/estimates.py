@@ -288,7 +288,9 @@ class Estimates:
         self._compare("load", loading.predicted_s, seconds)
         probing, nbytes = self._probing.get(slowest), loading.queued[slowest]
         if arrived:
-            self._settle_patience(slowest)
+            # What a probe took for each byte, taken for all that it was part of, is no more than computing that: then all is well.
+            well = probing is None or seconds * probing.whole_bytes <= probing.whole_s * nbytes
+            self._settle_patience(slowest, well)
         else:
             self._suspects.add(slowest)
             # A probe is given up soon, which must not look like a load that took no longer: it stands for all it was part of.
@@ -298,10 +300,11 @@ class Estimates:
         self._load[slowest].observe(seconds, nbytes, 1.0)
         return slowest
 
-    def _settle_patience(self, tier: Tier) -> None:
+    def _settle_patience(self, tier: Tier, well: bool) -> None:
         if tier in self._suspects:
             self._suspects.remove(tier)
-            self._patience[tier] = min(PATIENCE_MAX, PATIENCE_GROWS * self._patience[tier])
+            if well:
+                self._patience[tier] = min(PATIENCE_MAX, PATIENCE_GROWS * self._patience[tier])
         else:
             self._patience[tier] = max(PATIENCE, PATIENCE_FADES * self._patience[tier])
 

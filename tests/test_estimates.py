@@ -283,6 +283,15 @@ def test_loading_may_take_some_times_what_is_expected_no_longer_than_it_saves_an
     assert slow.patience_s == pytest.approx(world.prefill_s(4000, 0) - world.step_s, rel=0.1)
 
 
+def test_small_probes_that_a_slow_drive_answers_earn_it_no_patience():
+    world = taught()
+    world.rate[Tier.SSD] /= 100
+    for _ in range(30):
+        world.request(ssd(500), 500)
+        world.now += PROBE_S
+    assert world.estimates._patience[Tier.SSD] == PATIENCE
+
+
 def test_predictions_are_counted_beside_what_came_of_them():
     world = taught(noise=0.1)
     for activity in ("load", "prefill"):
