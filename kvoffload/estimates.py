@@ -27,7 +27,7 @@ PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
 SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
 PROBE_LOSS = 0.05  # of what computing takes: so long a probe may last
-PATIENCE, PATIENCE_MAX = 4.0, 64.0  # times what a load should take, then the drive is another than it was. What arrived is kept.
+PATIENCE, PATIENCE_MAX = 2.0, 64.0  # times what a load should take, then the drive is another than it was. What arrived is kept.
 PATIENCE_GROWS, PATIENCE_FADES = 2.0, 0.998  # each time a load was given up and the next found the drive well; with each other load
 PATIENCE_MIN_S, PROBE_PATIENCE_MIN_S = 0.25, 0.1  # that any load is given: less says more about a busy machine than about a drive
 
@@ -235,7 +235,7 @@ class Estimates:
         least_s = self.prefill.least(rest, end)
         if load_s + least_s >= best_s or not self._may_probe(now, Prefill.size(rest)):
             return None
-        return Decision(end, Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, best_s - least_s))
+        return Decision(end, Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, min(best_s - least_s, PATIENCE * load_s)))
 
     def _probe_tier(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
         """Loads a little of a tier that is too slow. `load_s`: for what comes before it."""

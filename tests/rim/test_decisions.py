@@ -163,7 +163,7 @@ def test_a_wish_that_is_none_is_said_once_and_passed_over(clock, monkeypatch):
     assert all(hits(manager, context, keys))
 
 
-@pytest.mark.parametrize(("load_s", "patience_s"), [(0.01, PATIENCE_MIN_S), (0.2, 0.8), (2.0, 3.0)])
+@pytest.mark.parametrize(("load_s", "patience_s"), [(0.01, PATIENCE_MIN_S), (0.4, 0.8), (2.0, 3.0)])
 def test_a_load_is_given_some_times_what_it_should_take_and_no_longer_than_it_saves(clock, load_s, patience_s):
     manager, context, keys = held(clock)
     computed(manager, clock, 3.0)
