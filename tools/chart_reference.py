@@ -31,8 +31,12 @@ def leaves(section: dict[str, Any] = VALUES, above: tuple[str, ...] = ()) -> Ite
 def schema_of(section: dict[str, Any]) -> dict[str, Any]:
     """Null takes a default away: what cannot be missing is required, so that Helm names it."""
     properties = {key: entry if is_leaf(entry) else schema_of(entry) for key, entry in section.items()}
-    required = [key for key, entry in section.items() if not is_leaf(entry) or entry.get("default") not in (None, "", [], {})]
+    required = [key for key, entry in section.items() if not is_leaf(entry) or not may_be_null(entry)]
     return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+
+
+def may_be_null(leaf: dict[str, Any]) -> bool:
+    return "null" in leaf.get("type", ()) or leaf.get("default") in (None, "", [], {})
 
 
 def schema() -> str:
