@@ -68,9 +68,3 @@ class Cold:
     def items(self) -> Iterator[tuple[BlockKey, int]]:
         """Keys and slots."""
         yield from self._slots.items()
-
-    def __contains__(self, key: BlockKey) -> bool:
-        return key in self._slots
-
-    def __len__(self) -> int:
-        return len(self._slots)

@@ -11,9 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvoffload.blocks import Block
 from kvoffload.breaker import PAUSE_MIN_S, Breaker, BreakerState
 from kvoffload.policy import EvictionPolicy
@@ -134,13 +131,11 @@ class Drives:
     def __iter__(self) -> Iterator[Drive]:
         return iter(self._drives)
 
+    def __len__(self) -> int:
+        return len(self._drives)
+
     def of(self, slot: int) -> Drive:
         return self._drives[slot % len(self._drives)]
-
-    def rows_of(self, drive: Drive, slots: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Which rows of `slots` lie on the drive, and the slots in them."""
-        rows = np.flatnonzero(slots % len(self._drives) == drive.number)
-        return rows, slots[rows]
 
     # -- questions ---------------------------------------------------------------------------------------------
 

@@ -223,11 +223,10 @@ class Estimates:
             self._probing.pop(Prefill.size(max(1, total - ends[-1])), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
         saved_s = whole - (self._recompute_s(total, ends[best]) or 0.0)
-        patience = max((self._patience[part.tier] for part in parts[:best]), default=PATIENCE)
-        patience_s = max(PATIENCE_MIN_S, min(saved_s, patience * loads[best]))
         if any(self._load[part.tier].is_new for part in parts[:best]):
             return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s))
-        return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
+        patience = max((self._patience[part.tier] for part in parts[:best]), default=PATIENCE)
+        return Decision(ends[best], kind, Why.FASTER, loads[best], max(PATIENCE_MIN_S, min(saved_s, patience * loads[best])))
 
     def _probe_rest(self, now: float, total: int, end: int, load_s: float, best_s: float) -> Decision | None:
         """Loads everything once in a while if only what was seen of computing the rest speaks against it."""

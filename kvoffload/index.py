@@ -21,7 +21,7 @@ class Index:
     def __init__(
         self,
         dram_slots: int,
-        cold: Cold,
+        ssd_slots: int,
         dram_is_tier: bool,
         drives: Drives,
         journal: Journal,
@@ -32,7 +32,7 @@ class Index:
         self.dram_is_tier, self.drives, self._journal, self._counters = dram_is_tier, drives, journal, counters
         self._ghosts = ghosts  # what becomes of those forgotten; None: nobody asks
         self.blocks: dict[BlockKey, Block] = {}  # in DRAM or in use; the others are cold
-        self.cold = cold
+        self.cold = Cold(ssd_slots)
         self.dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
         self.promised: set[BlockKey] = set()  # by lookups of this step: not evicted
         self.dram = SlotPool(range(dram_slots))
@@ -44,10 +44,10 @@ class Index:
         with uncollected():
             self.cold.recover(found)
             for drive in self.drives:
-                rows, slots = self.drives.rows_of(drive, found.slots)
+                rows = found.rows_on(drive.number, len(self.drives))
                 keys = found.keys if len(rows) == len(found) else [found.keys[row] for row in rows.tolist()]
                 drive.policy.recover(keys, (rows + 1).tolist())
-                drive.pool.claim(slots)
+                drive.pool.claim(found.slots[rows])
         self._now = len(found)
 
     def block(self, key: BlockKey) -> Block | None:
@@ -208,12 +208,10 @@ class Index:
         block = self.blocks.get(key)
         if block is None:
             slot, uses = self.cold.drop(key)
-            self._journal.delete(key, slot)
             if self._ghosts is not None:
                 self._ghosts.leave(key, uses)
-            return slot
-        # Its DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block.
-        slot = block.ssd_slot
-        block.ssd, block.ssd_slot = ABSENT, NO_SLOT
+        else:  # its DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block
+            slot = block.ssd_slot
+            block.ssd, block.ssd_slot = ABSENT, NO_SLOT
         self._journal.delete(key, slot)
         return slot

@@ -20,7 +20,6 @@ from kvoffload.admission import Admission, AdmitAll
 from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Stored, Unsaved
 from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
-from kvoffload.cold import Cold
 from kvoffload.drives import Drive, Drives
 from kvoffload.index import Index
 from kvoffload.policy import DEFAULT, LRU, POLICIES, EvictionPolicy
@@ -85,8 +84,8 @@ class BlockManager:
         self._selective = self._admission.selective and ssd_slots > 0
         ghosts = self._admission.ghosts
         dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
-        self._cold = Cold(ssd_slots)
-        self._index = Index(dram_slots, self._cold, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
+        self._index = Index(dram_slots, ssd_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
+        self._cold = self._index.cold
         self._stores: dict[BlockKey, Block] = {}
         # By owner and key, with the drive (None: from DRAM) and how many loads from it had been late when this one began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}

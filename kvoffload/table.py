@@ -43,9 +43,13 @@ class BlockTable:
         keys = [self.keys[row] for row in kept.tolist()]
         return type(self)(keys, self.slots[kept], self.generations[kept], self.groups[kept])
 
+    def rows_on(self, path_index: int, path_count: int) -> NDArray[np.int64]:
+        """Which rows have their slot on one of the paths that slots are striped over."""
+        return np.flatnonzero(self.slots % path_count == path_index)
+
     def highest_slot(self, path_index: int, path_count: int) -> int | None:
         """The highest slot in use of those striped to one path."""
-        here = self.slots[self.slots % path_count == path_index]
+        here = self.slots[self.rows_on(path_index, path_count)]
         return int(here.max()) if len(here) else None
 
     def __len__(self) -> int:

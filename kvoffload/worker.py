@@ -307,7 +307,7 @@ class Worker:
             self._counters["kvoffload_transfer_seconds_total", direction] += seconds
             self._report.latencies.setdefault(direction, []).append(seconds)
         if pending.kind is OpKind.READ and not error:
-            self._copying[number + 1] = time.monotonic()  # see `load`
+            self._copying[number + 1] = time.monotonic()  # see _says_little
         elif pending.kind is OpKind.COPY_IN:
             self._copying.pop(number, None)
         job = pending.job

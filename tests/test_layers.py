@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "drives": SHARED | {"breaker", "policy", "blocks"},
     "index": SHARED | {"drives", "policy", "blocks", "cold", "admission"},
     "books": SHARED | {"index", "drives", "blocks"},
-    "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "cold", "store", "admission"},
+    "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "store", "admission"},
     "vllm": EVERYTHING,
     "cli": EVERYTHING | {"vllm"},
 }

@@ -83,10 +83,10 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
                 slot_count = _decide_slots(config, roots, identity, geometry, sharers, [frozenset()] * len(roots))
                 _wait_for_workers(places, found, slot_count)
             kept = found.blocks.below(slot_count)
-            if len(kept) < len(found.blocks):
-                dropped = len(found.blocks) - len(kept)
+            dropped = len(found.blocks) - len(kept)
+            if dropped:
                 logger.info("the cache has fewer slots than before: %d blocks are forgotten", dropped)
-            if len(kept) < len(found.blocks) or not 0 < found.slot_count <= slot_count:
+            if dropped or not 0 < found.slot_count <= slot_count:
                 # Records of other slots than there are, too: damaged, one could bring such a slot back, and its file is too short.
                 found = replace(found, blocks=kept, good=b"")
             writer = _prepare(places, config.nvme_path, found, geometry, slot_count, identity, on_failure)

@@ -299,7 +299,7 @@ class ManagerAdapter(OffloadingManager):
     def _is_written(self, position: int, notes: Notes) -> bool:
         """The last token of an answer is drawn and never computed with. Older versions of vLLM (0.27.1 for one) store a block that
         ends with it all the same, and who went on from there would attend to what the memory held before."""
-        return notes.written is math.inf or contract.block_end(position, self._tokens_per_block) <= notes.written
+        return contract.block_end(position, self._tokens_per_block) <= notes.written
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         own_keys = self._keys(keys, req_context)
