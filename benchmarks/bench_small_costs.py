@@ -102,7 +102,7 @@ def store(folder: Path, gigabytes: float, openings: int = 5) -> dict[str, float]
         opened = Store.open(config, {"model": "benchmark"}, payload, ranks=1)
         engine, _kv = open_engine(payload, 8)
         engine.attach(opened.slot_files(0))
-        blocks = len(opened.entries())
+        blocks = len(opened.table())
         opened_at = time.perf_counter()
         if opening == 0:  # fill it
             path = opened.slot_files(0).paths[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Self
 
 from ..config import Config
-from ..table import BlockTable, Entry
+from ..table import BlockTable
 from ..types import BlockKey, SlotFiles
 from .digests import Digests
 from .journal import EPOCH_SHIFT, Kind, Record
@@ -18,7 +18,7 @@ from .namespace import OWN_DIRECTORIES, Identity
 from .opening import CLOSE_SECONDS, Opened, open_namespace
 from .wear import DriveWear
 
-__all__ = ["Digests", "DriveWear", "Entry", "Identity", "Store", "StoreStats"]
+__all__ = ["Digests", "DriveWear", "Identity", "Store", "StoreStats"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,6 @@ class Store:
     def table(self) -> BlockTable:
         """The blocks on SSD; changes still queued are not in it."""
         return self._writer.table()
-
-    def entries(self) -> list[Entry]:
-        """The same, one by one."""
-        return list(self._writer.table())
 
     def next_generation(self) -> int:
         """A number never given before in this namespace, not even if the end of the journal was lost."""

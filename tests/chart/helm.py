@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from tests.chart.rendering import program
+from tests.chart.rendering import helm
 
 
 class Helm:
@@ -12,8 +12,7 @@ class Helm:
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "KUBECONFIG": str(kubeconfig)}
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
-        command = [str(word) for word in (program("helm"), *words)]
-        return subprocess.run(command, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=120)
+        return helm(*words, timeout=120, cwd=self.home, env=self.environment)
 
     def __call__(self, *words: object) -> str:
         done = self.run(*words)

@@ -25,9 +25,9 @@ MODEL = "/data/model/llama"
 Object = dict[str, Any]
 
 
-def helm(*arguments: object) -> subprocess.CompletedProcess:
-    """Of the virtual environment, which has none on machines other than x86_64, or of the system."""
-    return subprocess.run([program("helm"), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+def helm(*arguments: object, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Of the virtual environment, which has none on machines other than x86_64, or of the system. `more`: of subprocess.run."""
+    return subprocess.run([program("helm"), *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **more)
 
 
 def name(file: Path) -> str:

@@ -60,7 +60,7 @@ class Filled:
         """As a manager does: the slot's former block is forgotten, every rank writes, and the index learns of it."""
         for slot in slots:
             name, generation = key(first_key + slot), self.store.next_generation()
-            for entry in self.store.entries():
+            for entry in self.store.table():
                 if entry.slot == slot:
                     self.store.delete(entry.key, entry.slot)
             for engine in self.engines:

@@ -72,7 +72,7 @@ def test_a_cache_in_use_stays_whatever_is_asked_and_its_engine_goes_on(kvoffload
         assert filled.store.flush(10)
     assert kvoffload("verify", tmp_path).code == 0
     with open_store(tmp_path, 40, model="busy") as store:
-        assert len(store.entries()) == 4
+        assert len(store.table()) == 4
 
 
 def test_an_engine_that_came_after_we_looked_keeps_its_cache(tmp_path):
@@ -106,7 +106,7 @@ def test_engines_that_start_meanwhile_find_a_whole_cache_or_none(tmp_path):
         while not ended.is_set():
             try:
                 with running(tmp_path, range(2)) as filled:
-                    found = len(filled.store.entries())
+                    found = len(filled.store.table())
                     if found < 2 or not os.path.exists(filled.store.directory):
                         failures.append(f"{found} blocks")
             except StoreError as error:
@@ -242,7 +242,7 @@ def test_a_wipe_that_is_cut_off_leaves_an_empty_cache_that_opens(tmp_path):
     with pytest.raises(CutOff):
         removal.remove([str(tmp_path)], {name: time.time() + 60}, wipe=True, wiped=cut_off)
     with open_store(tmp_path) as store:
-        assert store.entries() == []
+        assert list(store.table()) == []
 
 
 def test_other_caches_can_be_opened_while_one_is_wiped_and_it_itself_is_refused(tmp_path, monkeypatch):

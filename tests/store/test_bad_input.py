@@ -41,10 +41,10 @@ def assert_refused_and_curable(path: Path, pattern: str) -> None:
     assert "resume_kv_cache=false" in text
     assert contents(path) == before
     with open_store(path, resume_kv_cache=False) as store:
-        assert store.entries() == []
+        assert list(store.table()) == []
         write_blocks(store, range(4))
     with open_store(path) as store:
-        assert [entry.slot for entry in store.entries()] == list(range(4))
+        assert [entry.slot for entry in store.table()] == list(range(4))
 
 
 def test_a_missing_path(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_slot_file_that_is_gone(filled: Path) -> None:
 def test_a_slot_file_cut_beyond_what_the_journal_knows_is_fine(filled: Path) -> None:
     os.truncate(slot_file(filled), slot_file(filled).stat().st_size + 4096)
     with open_store(filled) as store:
-        assert len(store.entries()) == 6
+        assert len(store.table()) == 6
 
 
 def rewrite(path: Path, offset: int, data: bytes, covered: int) -> None:
@@ -293,7 +293,7 @@ def test_a_manifest_of_paths_that_cannot_be_encoded_is_no_matter(filled: Path) -
     path = namespace_of(filled) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"paths": ["\ud800"], "created": "\ud800"}))
     with open_store(filled) as store:
-        assert len(store.entries()) == 6
+        assert len(store.table()) == 6
     path.write_text(json.dumps(json.loads(path.read_text()) | {"path_index": 1, "paths": ["\ud800"]}))
     assert "list the paths as they were" in refusal(filled).encode().decode()
 
@@ -317,12 +317,12 @@ def test_a_list_of_paths_in_another_order_or_number(tmp_path: Path) -> None:
         assert str(paths[0]) in text and str(paths[1]) in text
     assert contents(tmp_path) == before
     with open_store(paths[:2]) as store:
-        assert len(store.entries()) == 6
+        assert len(store.table()) == 6
     with open_store([paths[1], paths[0]], resume_kv_cache=False) as store:
-        assert store.entries() == []
+        assert list(store.table()) == []
         write_blocks(store, range(6))
     with open_store([paths[1], paths[0]]) as store:
-        assert len(store.entries()) == 6
+        assert len(store.table()) == 6
 
 
 def test_a_path_that_moved_is_the_same_cache(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_path_that_moved_is_the_same_cache(tmp_path: Path) -> None:
         write_blocks(store, range(6))
     (tmp_path / "before").rename(tmp_path / "after")
     with open_store(tmp_path / "after") as store:
-        assert len(store.entries()) == 6
+        assert len(store.table()) == 6
         assert store.directory.startswith(str(tmp_path / "after"))
 
 
@@ -346,7 +346,7 @@ def test_the_message_of_an_operating_system_error_names_the_file(filled: Path, m
         f"{namespace_of(filled)}/index.journal cannot be used (Input/output error): check the drive or name another nvme_path"
     )
     with open_store(filled) as store:
-        assert len(store.entries()) == 6
+        assert len(store.table()) == 6
 
 
 def test_an_error_below_the_second_path_names_the_file_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

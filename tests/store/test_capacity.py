@@ -213,12 +213,12 @@ def test_shrinking_the_cap_drops_the_blocks_beyond_and_gives_their_space_back(tm
     with open_store(tmp_path, 20) as store:
         write_blocks(store, reversed(range(store.slot_count)))
     with open_store(tmp_path, 8) as store:
-        assert [entry.slot for entry in store.entries()] == list(reversed(range(store.slot_count)))
+        assert [entry.slot for entry in store.table()] == list(reversed(range(store.slot_count)))
         assert store.slot_count == ssd_slots(8 * MB, PAYLOAD, 2, 1)
         assert used_bytes(tmp_path / "kvoffload") <= 8 * MB
     with open_store(tmp_path, 30) as store:
         assert store.slot_count == ssd_slots(30 * MB, PAYLOAD, 2, 1)
-        assert len(store.entries()) == ssd_slots(8 * MB, PAYLOAD, 2, 1)
+        assert len(store.table()) == ssd_slots(8 * MB, PAYLOAD, 2, 1)
         write_blocks(store, range(store.slot_count))
         assert used_bytes(tmp_path / "kvoffload") <= 30 * MB
 

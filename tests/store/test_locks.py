@@ -124,7 +124,7 @@ def test_a_slot_file_is_not_shortened_or_replaced_while_a_worker_has_it(tmp_path
         (tmp_path / "journal").rename(namespace_of(tmp_path) / "index.journal")
     assert file.stat().st_size == size
     with open_store(tmp_path, megabytes=8) as store:
-        assert len(store.entries()) == store.slot_count
+        assert len(store.table()) == store.slot_count
     assert file.stat().st_size < size
 
 

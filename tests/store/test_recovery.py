@@ -151,11 +151,11 @@ def test_a_store_opens_with_garbage_after_its_journal(tmp_path: Path, extra: byt
     with open(namespace_of(tmp_path) / "index.journal", "ab") as file:
         file.write(extra)
     with open_store(tmp_path) as store:
-        assert [entry.slot for entry in store.entries()] == list(range(5))
+        assert [entry.slot for entry in store.table()] == list(range(5))
         assert f"ends in {len(extra)} bytes that are torn or damaged" in caplog.text
         write_blocks(store, [5])
     with open_store(tmp_path) as store:
-        assert [entry.slot for entry in store.entries()] == list(range(6))
+        assert [entry.slot for entry in store.table()] == list(range(6))
 
 
 def test_a_flipped_byte_anywhere_in_a_stores_journal_never_raises_anything_but_store_error(
@@ -163,7 +163,7 @@ def test_a_flipped_byte_anywhere_in_a_stores_journal_never_raises_anything_but_s
 ) -> None:
     with open_store(tmp_path) as store:
         write_blocks(store, range(3))
-        true = store.entries()
+        true = list(store.table())
     path = namespace_of(tmp_path) / "index.journal"
     whole = path.read_bytes()
     for position in [*range(HEADER_BYTES), *generator.sample(range(HEADER_BYTES, len(whole)), 20)]:
@@ -177,7 +177,7 @@ def test_a_flipped_byte_anywhere_in_a_stores_journal_never_raises_anything_but_s
         else:
             with open_store(tmp_path) as store:
                 bad = (position - HEADER_BYTES) // RECORD_BYTES
-                assert store.entries() == true[:bad] + true[bad + 1 :]
+                assert list(store.table()) == true[:bad] + true[bad + 1 :]
 
 
 PUTTER = """
@@ -211,7 +211,7 @@ def test_kill_9_in_the_middle_of_puts_loses_only_the_newest(tmp_path: Path, gene
             child.wait()
         assert lines[:2] == ["open", "acknowledged"]
         with open_store(tmp_path) as store:
-            found = store.entries()
+            found = list(store.table())
             assert len({entry.slot for entry in found}) == len({entry.key for entry in found}) == len(found) == 50
             assert all(int(entry.key[:32]) % 50 == entry.slot for entry in found)
             numbers = sorted(int(entry.key[:32]) for entry in found)
@@ -259,12 +259,12 @@ def test_a_kill_at_any_step_of_the_first_open_leaves_a_store_that_opens(tmp_path
         path.mkdir()
         dying = dies_at(step, lambda path=path: open_store(path))
         with open_store(path) as store:
-            assert store.entries() == []
+            assert list(store.table()) == []
             write_blocks(store, range(3))
         for each in namespace_of(path).iterdir():
             assert not each.name.endswith(".tmp")
         with open_store(path) as store:
-            assert len(store.entries()) == 3
+            assert len(store.table()) == 3
         step += 1
     assert step > 20
 
@@ -282,9 +282,9 @@ def test_a_kill_at_any_step_of_a_reopen_loses_no_block_that_has_room(tmp_path: P
         dying = dies_at(step, lambda path=path: open_store(path, megabytes))
         with open_store(path, megabytes) as store:
             full = min(store.slot_count, (size - 4096) // (4096 + 64 * 1024))
-            assert [entry.slot for entry in store.entries()] == list(range(full))
+            assert [entry.slot for entry in store.table()] == list(range(full))
         with open_store(path) as store:
-            assert [entry.slot for entry in store.entries()] == list(range(full))
+            assert [entry.slot for entry in store.table()] == list(range(full))
         step += 1
 
 
@@ -300,7 +300,7 @@ def test_damage_to_the_journal_of_a_cache_that_shrank_never_brings_back_a_slot_t
     for start in range(HEADER_BYTES, len(sound), RECORD_BYTES):
         path.write_bytes(sound[:start] + bytes(RECORD_BYTES) + sound[start + RECORD_BYTES :])
         with open_store(tmp_path, 8.0) as store:
-            assert len(store.entries()) == 49
+            assert len(store.table()) == 49
 
 
 def test_damage_to_the_journal_never_brings_back_a_slot_of_a_file_that_was_made_anew(tmp_path: Path) -> None:
@@ -312,13 +312,13 @@ def test_damage_to_the_journal_never_brings_back_a_slot_of_a_file_that_was_made_
         store.delete(key(1), 1)
     slot_file(paths[1]).unlink()
     with open_store(paths) as store:
-        assert len(store.entries()) == 3
+        assert len(store.table()) == 3
     path = namespace_of(paths[0]) / journal.NAME
     sound = path.read_bytes()
     for start in range(HEADER_BYTES, len(sound), RECORD_BYTES):
         path.write_bytes(sound[:start] + bytes(RECORD_BYTES) + sound[start + RECORD_BYTES :])
         with open_store(paths) as store:
-            assert len(store.entries()) == 2
+            assert len(store.table()) == 2
 
 
 def test_a_kill_at_any_step_of_starting_empty_never_mixes_old_and_new(tmp_path: Path) -> None:
@@ -332,11 +332,11 @@ def test_a_kill_at_any_step_of_starting_empty_never_mixes_old_and_new(tmp_path: 
         dying = dies_at(step, lambda path=path: open_store(path, resume_kv_cache=False))
         try:
             with open_store(path) as store:
-                assert store.entries() == []
+                assert list(store.table()) == []
         except StoreError as error:
             assert "resume_kv_cache=false" in str(error)  # still the damage there was before
             with open_store(path, resume_kv_cache=False) as store:
-                assert store.entries() == []
+                assert list(store.table()) == []
         step += 1
 
 
@@ -345,6 +345,6 @@ def test_a_store_without_its_journal_is_empty(tmp_path: Path, caplog: pytest.Log
         write_blocks(store, range(3))
     (namespace_of(tmp_path) / "index.journal").unlink()
     with open_store(tmp_path) as store:
-        assert store.entries() == []
+        assert list(store.table()) == []
         assert slot_file(tmp_path).stat().st_size == 4096
         assert "has no journal" in caplog.text

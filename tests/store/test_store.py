@@ -22,7 +22,7 @@ from tests.store.helpers import MB, PAYLOAD, key, namespace_of, open_store, slot
 
 def test_a_new_store_is_empty_private_and_sized_by_the_cap(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
-        assert store.entries() == []
+        assert list(store.table()) == []
         assert store.slot_count == ssd_slots(20 * MB, PAYLOAD, 2, 1)
         found = Path(store.directory)
         assert sorted(each.name for each in found.iterdir()) == [
@@ -58,7 +58,7 @@ def test_blocks_are_found_again_least_recently_used_first(tmp_path: Path) -> Non
         store.put(b"x", 4, store.next_generation(), 7)
         before = [(2, 2), (5, 5), (1, 1), (0, 0)]
     with open_store(tmp_path) as store:
-        found = store.entries()
+        found = list(store.table())
         assert [(entry.key, entry.slot) for entry in found] == [(key(k), s) for k, s in before] + [(b"x", 4)]
         assert found[-1].group == 7
         assert store.stats().resumed == 5
@@ -69,10 +69,10 @@ def test_a_slot_belongs_to_the_last_block_put_into_it(tmp_path: Path) -> None:
         write_blocks(store, [0])
         store.put(b"other", 0, store.next_generation(), 0)
         assert store.flush(5)
-        assert [entry.key for entry in store.entries()] == [b"other"]
+        assert [entry.key for entry in store.table()] == [b"other"]
         store.delete(key(0), 0)  # of a block already gone: must not free the slot of its successor
     with open_store(tmp_path) as store:
-        assert [entry.key for entry in store.entries()] == [b"other"]
+        assert [entry.key for entry in store.table()] == [b"other"]
 
 
 def test_a_key_put_elsewhere_while_its_delete_was_lost_is_in_the_later_slot_only(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_key_put_elsewhere_while_its_delete_was_lost_is_in_the_later_slot_only
         store._writer._limit = 0  # so that the next change compacts the journal
         store.touch([(key(0), 0)])
     with open_store(tmp_path) as store:
-        assert [(entry.key, entry.slot) for entry in store.entries()] == [(key(2), 2), (key(1), 4), (key(0), 0)]
+        assert [(entry.key, entry.slot) for entry in store.table()] == [(key(2), 2), (key(1), 4), (key(0), 0)]
 
 
 def test_a_start_goes_on_with_the_journal_it_finds_unless_it_grew_long(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_start_goes_on_with_the_journal_it_finds_unless_it_grew_long(tmp_path:
         store.touch([(key(number), number) for number in range(5)])
     with open_store(tmp_path) as store:
         assert path.stat().st_size == journal.HEADER_BYTES + 5 * journal.RECORD_BYTES
-        assert [entry.slot for entry in store.entries()] == list(range(5))
+        assert [entry.slot for entry in store.table()] == list(range(5))
 
 
 def test_clear_forgets_everything(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_clear_forgets_everything(tmp_path: Path) -> None:
         store.clear()
         store.put(key(9), 2, store.next_generation(), 0)
     with open_store(tmp_path) as store:
-        assert [entry.key for entry in store.entries()] == [key(9)]
+        assert [entry.key for entry in store.table()] == [key(9)]
 
 
 def test_no_resume_starts_empty_and_keeps_the_files(tmp_path: Path) -> None:
@@ -114,10 +114,10 @@ def test_no_resume_starts_empty_and_keeps_the_files(tmp_path: Path) -> None:
         write_blocks(store, range(5))
         size, inode = slot_file(tmp_path).stat().st_size, slot_file(tmp_path).stat().st_ino
     with open_store(tmp_path, resume_kv_cache=False) as store:
-        assert store.entries() == []
+        assert list(store.table()) == []
         assert (slot_file(tmp_path).stat().st_size, slot_file(tmp_path).stat().st_ino) == (size, inode)
     with open_store(tmp_path) as store:
-        assert store.entries() == []
+        assert list(store.table()) == []
 
 
 @pytest.mark.parametrize("settings", [{}, {"resume_kv_cache": False}])
@@ -138,9 +138,9 @@ def test_another_identity_rank_count_or_size_is_another_namespace(tmp_path: Path
         lambda: open_store(tmp_path, ranks=1),
     ):
         with other() as store:
-            assert store.entries() == []
+            assert list(store.table()) == []
     with open_store(tmp_path) as store:
-        assert len(store.entries()) == 3
+        assert len(store.table()) == 3
 
 
 def test_identity_does_not_depend_on_the_order_of_fields() -> None:
@@ -163,7 +163,7 @@ def test_slots_are_striped_over_paths(tmp_path: Path) -> None:
         assert (namespace_of(paths[0]) / "index.journal").exists()
         assert not (namespace_of(paths[1]) / "index.journal").exists()
     with open_store(paths) as store:
-        assert len(store.entries()) == 9
+        assert len(store.table()) == 9
 
 
 def test_a_second_engine_in_another_process_is_told_who_holds_the_namespace(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_journal_is_compacted_before_it_outgrows_its_share(tmp_path: Path) -
             256 * 1024 - 64 * 1024 + store.slot_count * JOURNAL_BYTES_PER_SLOT
         )
     with open_store(tmp_path) as store:
-        assert len(store.entries()) == 10
+        assert len(store.table()) == 10
 
 
 def test_records_the_format_cannot_hold_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_records_the_format_cannot_hold_are_dropped_and_counted(tmp_path: Path) 
         assert store.flush(5)
         assert store.stats().dropped == 4
     with open_store(tmp_path) as store:
-        assert [tuple(entry) for entry in store.entries()] == [(b"k" * 40, 1, (1 << 64) - 1, (1 << 16) - 1)]
+        assert [tuple(entry) for entry in store.table()] == [(b"k" * 40, 1, (1 << 64) - 1, (1 << 16) - 1)]
 
 
 class Disk:
@@ -282,7 +282,7 @@ def test_a_full_disk_loses_records_but_not_the_thread_and_is_repaired(
     disk.broken = False
     store.close()  # tries once more, from its mirror of the index
     with open_store(tmp_path) as store:
-        assert [entry.slot for entry in store.entries()] == list(range(10))
+        assert [entry.slot for entry in store.table()] == list(range(10))
 
 
 def test_a_journal_torn_by_a_full_disk_gives_what_was_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_a_journal_torn_by_a_full_disk_gives_what_was_before(tmp_path: Path, mon
         write_blocks(store, range(5, 10))
         store.close()
     with open_store(tmp_path) as store:
-        slots = [entry.slot for entry in store.entries()]
+        slots = [entry.slot for entry in store.table()]
         assert slots == list(range(len(slots)))
         assert 5 <= len(slots) < 10
 

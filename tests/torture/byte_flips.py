@@ -16,9 +16,10 @@ from typing import NamedTuple
 from kvoffload.engine import Engine
 from kvoffload.errors import StoreError
 from kvoffload.layout import HEADER_BYTES, SUPERBLOCK_BYTES, slot_bytes, slot_offset
-from kvoffload.store import Entry, Store
+from kvoffload.store import Store
 from kvoffload.store.journal import HEADER_BYTES as JOURNAL_HEADER_BYTES
 from kvoffload.store.journal import RECORD_BYTES
+from kvoffload.table import Entry
 from kvoffload.types import EngineOptions
 from tests.torture.children import Failed, in_child
 from tests.torture.command import run
@@ -77,7 +78,7 @@ class Victim:
 
     def _fill(self) -> None:
         deployment = Deployment(self.shape, Notes(), self.rng, "auto", [])
-        while len(deployment.store.entries()) < 8:
+        while len(deployment.store.table()) < 8:
             deployment.step()
         while deployment.jobs or deployment.manager.pending():
             deployment.work()
@@ -86,12 +87,12 @@ class Victim:
     def _entries(self) -> list[Entry]:
         """Leaves a journal of one record for each."""
         with self.shape.open_store() as store:
-            entries = store.entries()
+            entries = list(store.table())
             assert not load_all(store, entries, "auto")
             store._writer._limit = 0  # so that the next change compacts it
             store.touch([(entries[-1].key, entries[-1].slot)])
             assert store.flush(10)
-            return store.entries()
+            return list(store.table())
 
     def files(self, name: str) -> list[Path]:
         return [file for file in self.whole if file.name == name]
@@ -104,7 +105,7 @@ class Victim:
         damage.file.write_bytes(damage.apply(self.whole[damage.file]))
         try:
             with self.shape.open_store() as store:
-                found = store.entries()
+                found = list(store.table())
                 strangers = [entry for entry in found if entry not in self.entries]
                 if strangers:
                     raise Failed(f"{damage}: never stored: {strangers}")
@@ -126,7 +127,7 @@ class Victim:
                 raise Failed(f"{damage}: refused, but {file} was changed")
         if self.rng.random() < 0.05:
             with self.shape.open_store(resume=False) as store:
-                assert store.entries() == []
+                assert list(store.table()) == []
 
     def _mend(self) -> None:
         for file, data in self.whole.items():
@@ -240,7 +241,7 @@ def torture_slots(victim: Victim, cases: int) -> Counter[str]:
     with victim.shape.open_store() as store:
         for number in range(RANKS):
             rank = Rank(store, number, ("auto", "threads")[number % 2], dram_slots=2)
-            for entry in store.entries():
+            for entry in store.table():
                 counts += torture_slot(victim, store, rank, entry, cases)
             rank.worker.close()
     return counts

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kvoffload.store import Entry
+from kvoffload.table import Entry
 from tests.torture.children import Failed, LastWords, in_child
 from tests.torture.command import run
 from tests.torture.deployment import SLOTS_LEAST, SLOTS_MOST, Deployment, Shape

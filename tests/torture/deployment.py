@@ -18,8 +18,9 @@ from kvoffload.blocks import Placement
 from kvoffload.config import GB, Config
 from kvoffload.engine import Engine
 from kvoffload.manager import BlockManager
-from kvoffload.store import Entry, Store
+from kvoffload.store import Store
 from kvoffload.store.capacity import Geometry
+from kvoffload.table import Entry
 from kvoffload.types import BlockKey, EngineOptions, Region, TransferPlan, TransferReport, add_errors
 from kvoffload.worker import BlockList, Worker
 from tests.torture.notes import OPEN, RUNNING, NotedStore, Notes

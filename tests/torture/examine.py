@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvoffload.store import Entry, Store
+from kvoffload.store import Store
+from kvoffload.table import Entry
 from kvoffload.types import NO_SLOT
 from kvoffload.worker import BlockList
 from tests.torture.deployment import KV_BLOCKS, RANKS, Rank, Shape
@@ -35,7 +36,7 @@ def examine(shape: Shape, backend: str, highest_generation: int, may_miss: Calla
     highest_generation: of all that were ever given. may_miss: whether a block's slot may hold something else.
     """
     with shape.open_store() as store:
-        entries = store.entries()
+        entries = list(store.table())
         misses = load_all(store, entries, backend)
         surprising = [entry for entry in misses if not may_miss(entry)]
         assert not surprising, f"lost, although nothing else was written there: {surprising}"
@@ -45,7 +46,7 @@ def examine(shape: Shape, backend: str, highest_generation: int, may_miss: Calla
     left = [str(each) for path in shape.paths for each in path.rglob("*.tmp")]
     assert not left, f"left behind: {left}"
     with shape.open_store() as store:
-        assert store.entries() == entries, "a second start finds another index"
+        assert list(store.table()) == entries, "a second start finds another index"
     assert_within_cap(shape)
     return Examined(entries, misses)
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from kvoffload.store import Entry, Store
+from kvoffload.store import Store
 from kvoffload.store.journal import Kind
+from kvoffload.table import Entry
 from kvoffload.types import KEY_BYTES_MAX, BlockKey
 
 # Stages of a life.

@@ -18,8 +18,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvoffload.store import Entry
 from kvoffload.store.journal import Kind
+from kvoffload.table import Entry
 from tests.torture.children import Failed, in_child
 from tests.torture.command import run
 from tests.torture.deployment import Deployment, Shape

@@ -26,7 +26,7 @@ def test_a_power_loss_while_a_namespace_is_removed_leaves_it_whole_or_empty(
     path.mkdir(parents=True)
     with open_store(path, model="old") as store:
         write_blocks(store, range(3))
-        entries = store.entries()
+        entries = list(store.table())
 
     def perhaps() -> None:
         if rng.random() < 0.5:
@@ -39,6 +39,6 @@ def test_a_power_loss_while_a_namespace_is_removed_leaves_it_whole_or_empty(
     found = []
     for image in images:
         with open_store(image / path.name, model="old") as store:
-            found.append(store.entries())
+            found.append(list(store.table()))
     assert all(each in (entries, []) for each in found)
     assert entries in found and [] in found
