@@ -53,16 +53,22 @@ class Child:
             self.answer(id=id, result=task.result())
 
     async def op_generate(
-        self, prompt: list[int], max_tokens: int, request_id: str, cache_salt: str | None, kv_transfer_params: dict | None
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        request_id: str,
+        cache_salt: str | None,
+        kv_transfer_params: dict | None,
+        with_margins: bool,
     ) -> dict:
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
-            extra_args=kv_transfer_params and {"kv_transfer_params": kv_transfer_params},
+            extra_args=kv_transfer_params and {"kv_transfer_params": kv_transfer_params}, logprobs=2 if with_margins else None,
         )  # fmt: skip
         inputs = {"prompt_token_ids": prompt}
         if cache_salt is not None:
             inputs["cache_salt"] = cache_salt
-        tokens, ttft_s = [], None
+        tokens, margins, ttft_s = [], [], None
         self.accepted[request_id] = asyncio.Event()
         started = time.perf_counter()
         try:
@@ -76,6 +82,7 @@ class Child:
             if completion.token_ids and ttft_s is None:
                 ttft_s = time.perf_counter() - started
             tokens.extend(completion.token_ids)
+            margins.extend(margin(candidates) for candidates in completion.logprobs or ())
             finished = output.finished
         outputs.close()
         return {
@@ -85,6 +92,7 @@ class Child:
             "total_s": time.perf_counter() - started,
             "cached_tokens": output.num_cached_tokens,
             "finish_reason": completion.finish_reason,
+            "margins": margins if with_margins else None,
         }
 
     async def op_abort(self, request_id: str) -> None:
@@ -97,6 +105,12 @@ class Child:
 
     async def op_reset_prefix_cache(self) -> bool:
         return await self.llm.reset_prefix_cache()
+
+
+def margin(candidates: dict) -> float:
+    """By how much the likeliest token's logarithm of probability exceeds the next one's."""
+    first, second = sorted((candidate.logprob for candidate in candidates.values()), reverse=True)[:2]
+    return first - second
 
 
 async def serve(engine_args: dict, answers: int) -> None:

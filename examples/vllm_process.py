@@ -53,6 +53,7 @@ class Answer:
     total_s: float
     cached_tokens: int  # of the prompt, found in the GPU pool or loaded by the connector
     finish_reason: str | None
+    margins: list[float] | None  # per token: how much likelier it was than the next, in logarithms; None: not asked for
 
 
 class Metrics:
@@ -216,13 +217,15 @@ class VllmProcess:
         request_id: str | None = None,
         cache_salt: str | None = None,
         kv_transfer_params: dict | None = None,
+        with_margins: bool = False,
     ) -> "Future[dict]":
         """Start one request and return at once; `answer(future)` waits for it."""
         with self._lock:
             self._requests += 1
             request_id = request_id or f"request-{self._requests}"
         arguments = {"prompt": list(prompt), "max_tokens": max_tokens, "cache_salt": cache_salt}
-        return self._ask("generate", request_id=request_id, kv_transfer_params=kv_transfer_params, **arguments)
+        options = {"kv_transfer_params": kv_transfer_params, "with_margins": with_margins}
+        return self._ask("generate", request_id=request_id, **arguments, **options)
 
     @staticmethod
     def answer(future: "Future[dict]", timeout_s: float = ANSWER_TIMEOUT_S) -> Answer:
