@@ -29,7 +29,8 @@ SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that ta
 PROBE_LOSS = 0.05  # of what computing takes: so long a probe may last
 PATIENCE, PATIENCE_MAX = 2.0, 64.0  # times what a load should take, then the drive is another than it was. What arrived is kept.
 PATIENCE_GROWS, PATIENCE_FADES = 2.0, 0.998  # each time a load was given up and the next found the drive well; with each other load
-PATIENCE_MIN_S, PROBE_PATIENCE_MIN_S = 0.25, 0.1  # that any load is given: less says more about a busy machine than about a drive
+PATIENCE_MIN_S = 0.25  # that a load is given which saves as much: less says more about a busy machine than about a drive
+SHORTEST_S = 0.1  # that any load is given
 
 
 class Cost:
@@ -187,6 +188,7 @@ class Estimates:
         self.prefill = Prefill()
         self._load = {tier: Cost(1e6, 1.0) for tier in Tier}
         self._queued = dict.fromkeys(Tier, 0)
+        self._usual_s = 0.0  # that computing a prompt takes of which something could be loaded
         self._probing: dict[Tier | int, Probing] = {}  # by tier, or by size of a prefill
         self._patience = dict.fromkeys(Tier, PATIENCE)  # more for a tier that is slow now and then: to wait is better
         self._suspects: set[Tier] = set()  # of which the latest load was given up: all may be slow now, so one tries a little first
@@ -206,18 +208,21 @@ class Estimates:
         loads = [0.0, *(self._load_s(parts[: count + 1]) for count in range(len(parts)))]
         if whole is None:
             return self._learn(now, computed, parts, loads[-1])
+        self._usual_s += (1 - FORGETTING) * (whole - self._usual_s)
         times = [load + (self._recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
         suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
         if suspect is not None:
-            return self._probe_tier(now, ends[suspect], parts[suspect], loads[suspect], whole)
+            if whole >= self._usual_s:
+                return self._probe_tier(now, ends[suspect], parts[suspect], loads[suspect], whole)
+            best = suspect
         for part in parts[:best]:
             self._probing.pop(part.tier, None)
         if best < len(parts):
-            probe = self._probe_rest(now, total, parts[-1].end, loads[-1], times[best])
-            if probe is not None:
-                return probe
-            if self._may_probe(now, parts[best].tier):
+            if self._doubts(total, parts, loads[-1], times[best]):
+                if self._may_probe(now, Prefill.size(max(1, total - ends[-1]))):
+                    return Decision(ends[-1], Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, PATIENCE * loads[-1]))
+            elif whole >= self._usual_s and self._may_probe(now, parts[best].tier):
                 return self._probe_tier(now, ends[best], parts[best], loads[best], whole)
         else:
             self._probing.pop(Prefill.size(max(1, total - ends[-1])), None)
@@ -226,22 +231,22 @@ class Estimates:
         if any(self._load[part.tier].is_new for part in parts[:best]):
             return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s))
         patience = max((self._patience[part.tier] for part in parts[:best]), default=PATIENCE)
-        return Decision(ends[best], kind, Why.FASTER, loads[best], max(PATIENCE_MIN_S, min(saved_s, patience * loads[best])))
+        patience_s = min(max(SHORTEST_S, saved_s), max(PATIENCE_MIN_S, patience * loads[best]))
+        return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
 
-    def _probe_rest(self, now: float, total: int, end: int, load_s: float, best_s: float) -> Decision | None:
-        """Loads everything once in a while if only what was seen of computing the rest speaks against it."""
-        rest = max(1, total - end)
-        least_s = self.prefill.least(rest, end)
-        if load_s + least_s >= best_s or not self._may_probe(now, Prefill.size(rest)):
-            return None
-        return Decision(end, Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, min(best_s - least_s, PATIENCE * load_s)))
+    def _doubts(self, total: int, parts: Sequence[Part], load_s: float, best_s: float) -> bool:
+        """Only what was seen of computing the rest speaks against loading everything, not that a tier is or may be slow."""
+        if any(part.tier in self._suspects or part.tier in self._probing for part in parts):
+            return False
+        return load_s + self.prefill.least(max(1, total - parts[-1].end), parts[-1].end) < best_s
 
     def _probe_tier(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
-        """Loads a little of a tier that is too slow. `load_s`: for what comes before it."""
+        """Loads a little of a tier that is too slow. `load_s`: for what comes before it. Only of prompts that take as
+        long to compute as the usual one or longer: beside that a probe is little."""
         probing = self._probing.setdefault(part.tier, Probing(PROBE_S, now + PROBE_S))
         probing.whole_s, probing.whole_bytes = whole_s, part.nbytes
         end = begin + max(1, (part.end - begin) // probing.share)
-        return Decision(end, Kind.PART, Why.PROBE, None, max(PROBE_PATIENCE_MIN_S, PROBE_LOSS * whole_s) + 2 * load_s)
+        return Decision(end, Kind.PART, Why.PROBE, None, max(SHORTEST_S, PROBE_LOSS * whole_s) + 2 * load_s)
 
     def _learn(self, now: float, computed: int, parts: Sequence[Part], load_s: float) -> Decision:
         """Loads, while nothing is known of computing. But if it is known that loading takes long, recomputing once tells

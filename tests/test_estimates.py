@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvoffload.estimates import CONVINCED, PATIENCE, PATIENCE_MIN_S, PROBE_S, Decision, Estimates, Kind, Part, Why
+from kvoffload.estimates import CONVINCED, PATIENCE, PATIENCE_MIN_S, PROBE_S, SHORTEST_S, Decision, Estimates, Kind, Part, Why
 from kvoffload.types import Tier
 
 MB = 10**6
@@ -292,6 +292,48 @@ def test_small_probes_that_a_slow_drive_answers_earn_it_no_patience():
         world.request(ssd(500), 500)
         world.now += PROBE_S
     assert world.estimates._patience[Tier.SSD] == PATIENCE
+
+
+def test_a_tier_that_is_slow_is_probed_by_prompts_that_take_long_anyway():
+    world = taught(token_s=5e-4)
+    world.rate[Tier.SSD] /= 100
+    probed = Counter()
+    for number in range(200):
+        tokens = (250, 250, 4000)[number % 3]
+        decision, _ = world.request(ssd(tokens), tokens)
+        probed[tokens] += decision.why is Why.PROBE
+    assert probed[4000] >= 3 and probed[250] == 0
+    world.rate[Tier.SSD] *= 100
+    world.now += 1000.0
+    for tokens in (250, 4000, 4000):
+        world.request(ssd(tokens), tokens)
+    assert world.decide(ssd(250), 250).kind is Kind.LOAD
+
+
+def test_where_all_prompts_are_alike_each_may_probe():
+    world = taught()
+    world.rate[Tier.SSD] /= 100
+    whys = Counter(world.request(ssd(1000), 1000)[0].why for _ in range(100))
+    assert whys[Why.PROBE] >= 3
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_on_a_slow_drive_no_hit_is_loaded_whole_to_see_what_computing_the_rest_takes(seed):
+    """Half of a long prompt took twice as long as computing all of it would have: predicted was what small loads had taken."""
+    world = taught(token_s=3e-4, pair_s=4.5e-8, noise=0.1, seed=seed)
+    world.rate[Tier.SSD] /= 100
+    world.request(ssd(2000), 4000)  # it is late, which tells
+    for _ in range(60):
+        tokens, share = world.rng.choice((256, 1024, 4096)), world.rng.choice((1, 2))
+        decision, _ = world.request(ssd(tokens // share), tokens)
+        world.now += 5.0
+        assert (decision.kind, decision.why) != (Kind.LOAD, Why.PROBE)
+
+
+def test_a_load_that_saves_little_is_not_waited_for_much_longer_than_that():
+    world = taught()
+    assert world.decide(ssd(250), 250).patience_s == pytest.approx(world.prefill_s(250, 0), rel=0.2)
+    assert world.decide(ssd(100), 100).patience_s == SHORTEST_S
 
 
 def test_predictions_are_counted_beside_what_came_of_them():
