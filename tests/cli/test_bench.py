@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.loop_device import IMAGE_BYTES, small_file_system
-from tests.engine.world import wait_until
+from tests.patience import wait_until
 
 QUICK = ("--seconds", 0.1, "--size-gb", 0.01, "--block-kib", 64)
 

@@ -17,6 +17,7 @@ from kvoffload.errors import StoreError
 from kvoffload.store import Store, namespace, removal
 from kvoffload.vllm import window
 from tests.cli.helpers import fill, namespace_of, running, slot_at, snapshot
+from tests.patience import PATIENCE_S
 from tests.store.helpers import PAYLOAD, config, open_store, slot_file
 
 
@@ -69,7 +70,7 @@ def test_a_cache_in_use_stays_whatever_is_asked_and_its_engine_goes_on(kvoffload
             assert done.code == 1 and f"stays: it is in use by process {os.getpid()}" in done.out
             assert models(tmp_path) == {"busy"} if choice[0] == "--all" else "busy" in models(tmp_path)
         filled.write(range(4), first_key=50)
-        assert filled.store.flush(10)
+        assert filled.store.flush(PATIENCE_S)
     assert kvoffload("verify", tmp_path).code == 0
     with open_store(tmp_path, 40, model="busy") as store:
         assert len(store.table()) == 4

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from kvoffload.types import OP_DTYPE, OpKind
-from tests.engine.cuda_scenarios import World, main, wait_until
+from tests.engine.cuda_scenarios import World, main
 from tests.engine.planner import Planner
 from tests.engine.world import TIMEDOUT, KVCache, copy_in, copy_out, run, run_one, write
+from tests.patience import wait_until
 
 SHORT_US = 5000
 

@@ -19,7 +19,6 @@ from tests.engine.world import (
     CANCELED,
     DRAM_SLOTS,
     KV_BLOCKS,
-    PATIENCE_S,
     TIMEDOUT,
     KVCache,
     copy_in,
@@ -33,6 +32,7 @@ from tests.engine.world import (
     run_one,
     write,
 )
+from tests.patience import PATIENCE_S, wait_until
 
 DEVICE_FAILED = -errno.EREMOTEIO
 NOTHING = (0, 0, 0, 0)
@@ -48,12 +48,6 @@ CALLS = (
     "cuMemcpyDtoHAsync_v2 cuMemcpyBatchAsync cuMemcpyBatchAsync_v2"
 ).split()
 
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def take(engine: Engine, count: int) -> dict[int, int]:
@@ -486,7 +480,7 @@ def main(scenarios: dict[str, Callable]) -> None:
 
 
 SCENARIOS = {name: member for name, member in list(globals().items()) if getattr(member, "__module__", "") == __name__}
-for helper in ("World", "Journey", "wait_until", "take", "main"):
+for helper in ("World", "Journey", "take", "main"):
     del SCENARIOS[helper]
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from kvoffload.config import Config
 from kvoffload.errors import StoreError
 from kvoffload.layout import slot_bytes, slot_offset
 from kvoffload.store import Store
-from tests.engine.world import wait_until
+from tests.patience import PATIENCE_S, wait_until
 
 PAYLOAD = 64 * 1024
 MB = 10**6
@@ -40,7 +40,7 @@ def write_blocks(store: Store, slots: Iterable[int], ranks: int = 2) -> None:
             finally:
                 os.close(fd)
         store.put(key(slot), slot, store.next_generation(), 0)
-    assert store.flush(10)
+    assert store.flush(PATIENCE_S)
 
 
 def used_bytes(path: Path) -> int:

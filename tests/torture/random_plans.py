@@ -27,7 +27,6 @@ from tests.engine.world import (
     CANCELED,
     DRAM_SLOTS,
     FOREVER_US,
-    PATIENCE_S,
     SSD_SLOTS,
     TIMEDOUT,
     KVCache,
@@ -37,9 +36,9 @@ from tests.engine.world import (
     make_files,
     open_engine,
     read,
-    wait_until,
     write,
 )
+from tests.patience import PATIENCE_S, wait_until
 
 BACKENDS = ("io_uring", "threads")
 PLANS_A_SESSION = 40  # on one engine and one set of files
