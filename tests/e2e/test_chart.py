@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +15,7 @@ from vllm_process import child_environment
 from tests.chart.rendering import CHART, ci, merged, render, tree
 from tests.e2e.conftest import BUILD
 from tests.e2e.served import COMMAND, SMALL, free_port, running
+from tests.patience import wait_until
 
 NAME = "Meta-Llama-3.1-8B-Instruct"
 SMALLER = ["--max-model-len=1056", "--num-gpu-blocks-override=40"]  # and a machine without a GPU
@@ -87,9 +87,7 @@ def test_a_stop_answers_what_is_in_flight_within_the_grace_period(server, render
     with ThreadPoolExecutor(1) as beside:
         more = {"max_tokens": LONG, "ignore_eos": True}
         answer = beside.submit(server.post, "/v1/completions", model=NAME, prompt="Once upon a time", **more)
-        deadline = time.monotonic() + 30
-        while not is_running(server):
-            assert time.monotonic() < deadline
+        wait_until(lambda: is_running(server))
         os.kill(server.process.pid, signal.SIGTERM)
         assert json.loads(answer.result())["usage"]["completion_tokens"] == LONG
     server.process.wait(objects.pod["terminationGracePeriodSeconds"])

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from tests.e2e.offload import PROMPT, TOKENS, ask, ask_one, settle
+from tests.patience import PATIENCE_S
 
 COMMAND = (sys.executable, "-c", "from kvoffload.cli import main; main()")
 
 
 def kvoffload(*arguments: object) -> tuple[int, dict | list]:
-    done = subprocess.run([*COMMAND, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*COMMAND, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
