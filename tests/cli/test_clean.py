@@ -210,7 +210,7 @@ def test_on_a_terminal_it_asks_first(tmp_path, answer, code, left):
     command = [sys.executable, "-c", "from kvoffload.cli import main; main()", "clean", str(tmp_path), "--all"]
     process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     os.write(ours, f"{answer}\n".encode())
-    out = process.communicate(timeout=60)[0].decode()
+    out = process.communicate(timeout=PATIENCE_S)[0].decode()
     os.close(ours)
     os.close(theirs)
     assert "Remove 1 cache?" in out and "would be removed" in out

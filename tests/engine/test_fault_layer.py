@@ -30,7 +30,7 @@ from tests.engine.world import (
     stored,
     write,
 )
-from tests.patience import wait_until
+from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 SLOT_BYTES = slot_bytes(PAYLOAD_BYTES)
@@ -269,7 +269,7 @@ def test_children_of_a_process_have_the_faults_too(start, tmp_path):
         env = os.environ | environment(plan)
         env["PYTHONPATH"] += os.pathsep + str(ROOT)
         command = [sys.executable, str(program), start, str(tmp_path / "store")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stderr
         assert plan.read.injected("error") == 1
 
