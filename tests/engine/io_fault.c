@@ -177,9 +177,9 @@ static void have_deadlines_pass(void) {
     pumped->next_deadline = 0;
 }
 
-/* Whether the pump is about to sleep though, when it last awoke, an operation's deadline had come or was nearer than it sleeps.
+/* Operations whose deadline had come when the pump last awoke, or is nearer than it is about to sleep.
  * Of COPY_INs that have begun the end is waited for. */
-static uint64_t is_overdue(const kvo_list *list, uint64_t awoke, uint64_t timeout_us) {
+static uint64_t overdue_in(const kvo_list *list, uint64_t awoke, uint64_t timeout_us) {
     uint64_t found = 0;
     for (const kvo_record *record = list->first; record != NULL; record = record->next) {
         bool is_awaited = list == &pumped->running && record->op.kind == KVO_COPY_IN;
@@ -193,8 +193,8 @@ static uint64_t count_overdue(uint64_t awoke, uint64_t timeout_us) {
     bool stop = pumped->shared.stop;
     pthread_mutex_unlock(&pumped->shared.lock);
     if (stop) return 0; /* nobody is told of what ends any more */
-    uint64_t found = is_overdue(&pumped->running, awoke, timeout_us);
-    for (int kind = 0; kind < 4; kind++) found += is_overdue(&pumped->queued[kind], awoke, timeout_us);
+    uint64_t found = overdue_in(&pumped->running, awoke, timeout_us);
+    for (int kind = 0; kind < 4; kind++) found += overdue_in(&pumped->queued[kind], awoke, timeout_us);
     return found;
 }
 
