@@ -38,7 +38,7 @@ def test_size_block_and_seconds_are_as_asked_for(kvoffload, tmp_path):
     found = measured(kvoffload, tmp_path, "--seconds", 0.3, "--size-gb", 0.02, "--block-kib", 128)
     assert found["block_bytes"] == 128 * 1024
     assert found["file_bytes"] == 20_000_000 // (128 * 1024) * (128 * 1024)
-    assert min(found["write"]["seconds"], found["read"]["seconds"]) > 0.29  # the clock that ends it starts a hair earlier
+    assert min(found["write"]["seconds"], found["read"]["seconds"]) >= 0.3
 
 
 def test_blocks_too_large_for_the_space_are_a_mistake(kvoffload, tmp_path):
