@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import kvoffload.store
 from kvoffload.errors import StoreError
 from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, ssd_slots
 from kvoffload.store import Identity, Store, journal, namespace
 from kvoffload.store.directory import Directory
+from kvoffload.store.opening import CLOSE_SECONDS
 from kvoffload.store.writer import QUEUE_RECORDS, JournalWriter
 from tests.patience import PATIENCE_S
 from tests.store.helpers import MB, PAYLOAD, key, namespace_of, open_store, slot_file, write_blocks
@@ -302,6 +304,7 @@ def test_a_journal_torn_by_a_full_disk_gives_what_was_before(tmp_path: Path, mon
 def test_a_hanging_disk_never_blocks_the_caller_and_close_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(kvoffload.store, "CLOSE_SECONDS", CLOSE_SECONDS)
     store = open_store(tmp_path)
     disk = Disk(monkeypatch)
     disk.running.clear()
