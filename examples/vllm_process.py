@@ -37,6 +37,7 @@ ENGINE_DEFAULTS = {
 }
 START_TIMEOUT_S = 300
 ANSWER_TIMEOUT_S = 300
+END_TIMEOUT_S = 300
 # These only say that some other process failed; the sentence worth showing is that process's.
 NOT_THE_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed", "Worker failed with error")
 
@@ -161,7 +162,7 @@ class VllmProcess:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(90)
+            self._process.wait(END_TIMEOUT_S)
         finally:
             self.kill9()  # stragglers
 
@@ -191,7 +192,7 @@ class VllmProcess:
 
     def _wait_for_group(self) -> None:
         """Grandchildren are reaped by init; until then they may hold locks and files."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + END_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
                 os.killpg(self._process.pid, 0)

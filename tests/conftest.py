@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.engine.faulty import FaultPlan, faulty_engines
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # the end-to-end tests drive vLLM with the demo's helpers
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("whatever the machine does", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("whatever the machine does")
 
 # In the environment, because pytest-xdist's workers must have the same.
 SEED = int(os.environ.setdefault("KVOFFLOAD_TEST_SEED", str(random.SystemRandom().randrange(2**32))))

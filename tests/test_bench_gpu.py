@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.fake_cuda import compile_fake
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -39,7 +40,7 @@ def run(library: Path, bytes_are: str, folder: Path, *more: str) -> subprocess.C
     few = ["--gib", "0.01", "--repetitions", "1", "--seconds", "0.01", "--folder", str(folder / "drive")]
     command = [sys.executable, "-c", PROGRAM, str(library), bytes_are, *few, *more]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_every_table_is_printed(library, tmp_path):

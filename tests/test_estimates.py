@@ -349,7 +349,7 @@ costs = st.tuples(st.floats(1e-6, 1e-2), st.floats(0, 1e-7), st.floats(1e-4, 0.1
 drives = st.tuples(st.floats(1e6, 1e11), st.floats(1e-4, 0.5))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(costs, drives, st.lists(lengths, min_size=3, max_size=12), st.integers(0, 2**32), st.floats(0, 0.3))
 def test_no_choice_looks_better_than_the_one_made(cost, drive, prompts, seed, noise):
     world = World(*cost, noise=noise, seed=seed)
@@ -367,7 +367,7 @@ def test_no_choice_looks_better_than_the_one_made(cost, drive, prompts, seed, no
     assert (loaded <= computed) == (decision.end == total)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(costs, st.lists(lengths, min_size=4, max_size=12, unique=True), st.integers(0, 2**32))
 def test_without_noise_what_was_seen_is_predicted(cost, prompts, seed):
     world = World(*cost, seed=seed)

@@ -236,8 +236,9 @@ class EngineRow:
 
     def repeat(self, kind: OpKind, order: np.ndarray, seconds: float) -> Sample:
         """Passes over the slots for so long, and then some operations with little outstanding, for their latency."""
-        end, moved = time.perf_counter() + seconds, 0
+        moved = 0
         with Stopwatch() as watch:
+            end = time.perf_counter() + seconds
             while not moved or time.perf_counter() < end:
                 moved += len(self._move(kind, order, OPS_MAX, end))
         few = self.place.depths["write" if kind == OpKind.WRITE else "read"]

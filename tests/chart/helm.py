@@ -12,7 +12,7 @@ class Helm:
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "KUBECONFIG": str(kubeconfig)}
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
-        return helm(*words, timeout=120, cwd=self.home, env=self.environment)
+        return helm(*words, cwd=self.home, env=self.environment)
 
     def __call__(self, *words: object) -> str:
         done = self.run(*words)

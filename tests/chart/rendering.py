@@ -14,6 +14,7 @@ from referencing import Registry, Resource
 
 from tests.chart.custom_resources import SCHEMAS
 from tests.monitoring.test_rules_and_dashboard import program
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "kvoffload-inference"
@@ -25,7 +26,7 @@ MODEL = "/data/model/llama"
 Object = dict[str, Any]
 
 
-def helm(*arguments: object, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
+def helm(*arguments: object, timeout: float = PATIENCE_S, **more: Any) -> subprocess.CompletedProcess[str]:
     """Of the virtual environment, which has none on machines other than x86_64, or of the system. `more`: of subprocess.run."""
     return subprocess.run([program("helm"), *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **more)
 

@@ -9,6 +9,7 @@ import pytest
 from kvoffload.layout import BOUNCE_BYTES, free_floor
 from kvoffload.store.opening import CLOSE_SECONDS
 from tests.chart.rendering import ci, merged, render, tree, with_model
+from tests.patience import PATIENCE_S
 from tools.chart_values import VALUES
 
 
@@ -172,7 +173,8 @@ def test_postscript_runs_after_the_wait_and_before_the_end(tmp_path):
     assert found.pod["terminationGracePeriodSeconds"] == 0 + 7 + 9 + 4 + 10
     for file, text in found.one("ConfigMap", "-scripts")["data"].items():
         (tmp_path / file).write_text(text.replace("/etc/kvoffload", str(tmp_path)))
-    done = subprocess.run(["/bin/sh", tmp_path / "prestop.sh", "0", "7"], capture_output=True, text=True, timeout=20, check=True)
+    command = ["/bin/sh", tmp_path / "prestop.sh", "0", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == "ended\n"
 
 
@@ -180,8 +182,8 @@ def test_a_postscript_that_does_not_end_leaves_requests_in_flight_and_the_cache_
     """Kubernetes kills a pod whose grace period its hook used up."""
     for file, text in rendered(postscript="echo begun; sleep 3600").one("ConfigMap", "-scripts")["data"].items():
         (tmp_path / file).write_text(text.replace("/etc/kvoffload", str(tmp_path)))
-    done = subprocess.run(["/bin/sh", tmp_path / "prestop.sh", "0", "0.2"], capture_output=True, text=True, timeout=20)
-    assert done.stdout == "begun\n" and done.returncode == 124
+    done = subprocess.run(["/bin/sh", tmp_path / "prestop.sh", "0", "0.2"], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 124 and done.stdout in ("begun\n", "")  # it may not have come to that yet
 
 
 def test_a_stop_waits_drains_and_flushes_before_the_kill():

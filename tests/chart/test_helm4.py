@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.chart.rendering import CI, ROOT, ci, merged, name, render, tree, with_model
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="Helm 4 as a Python package is for x86_64")
 TYPO = with_model(vllm__args__dramKvOffloadGB=1)
@@ -20,7 +21,7 @@ def rendered() -> list:
     asked = json.dumps([*(ci(name(file)) for file in CI), TYPO, CONTRADICTION])
     command = [sys.executable, "-m", "tests.chart.helm4"]
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitiser's, beside Go's runtime
-    done = subprocess.run(command, cwd=ROOT, env=plain, input=asked, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=plain, input=asked, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tests.chart.rendering import CHART
+from tests.patience import PATIENCE_S
 
 SCRIPT = CHART / "files" / "helm_test.py"
 POOL = 4096  # tokens
@@ -99,7 +100,7 @@ IMPATIENT = "import helm_test; helm_test.READY_S = helm_test.SETTLE_S = 1; helm_
 def run(url: str, *more: str, key: str = KEY) -> subprocess.CompletedProcess:
     words = [sys.executable, "-c", IMPATIENT, "--url", url, "--model", "m", *more]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "VLLM_API_KEY": key, "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("wrong", ["", Server.SECOND_TOUCH])

@@ -14,7 +14,7 @@ from tests.chart.rendering import CHART
 RELEASE = "llama"
 NAME = f"{RELEASE}-kvoffload-inference"
 CLAIM = f"kv-cache-0-{NAME}-0"
-WAIT = ("--wait", "--timeout", "60s")
+WAIT = ("--wait", "--timeout", "300s")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import yaml
 
 import kvoffload
 from tests.chart.rendering import CHART, CI, ROOT, ci, name, program
+from tests.patience import PATIENCE_S
 from tools import chart_reference
 from tools.chart_values import ARGS, OTHER_SPELLING, VALUES
 
@@ -78,19 +79,19 @@ def test_scripts_have_no_finding_of_shellcheck(tmp_path):
     written = tmp_path / "prescript.sh"
     written.write_text("#!/bin/sh\n" + ci("seed-basic")["prescript"])
     for arguments in ([*SHELL], ["-S", "warning", written]):  # the seed's own is good enough
-        done = subprocess.run([program("shellcheck"), *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([program("shellcheck"), *arguments], capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stdout
 
 
 def test_a_script_that_is_wrong_is_found(tmp_path):
     wrong = tmp_path / "wrong.sh"
     wrong.write_text("#!/bin/sh\nrm -r $1/*\n")
-    assert subprocess.run([program("shellcheck"), wrong], capture_output=True, timeout=60).returncode == 1
+    assert subprocess.run([program("shellcheck"), wrong], capture_output=True, timeout=PATIENCE_S).returncode == 1
 
 
 def test_yaml_files_have_no_finding_of_yamllint():
     files = [CHART / "Chart.yaml", CHART / "values.yaml", *(file for file in CI if not name(file).startswith("seed-"))]
-    done = subprocess.run([program("yamllint"), "-s", "-d", YAMLLINT, *files], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program("yamllint"), "-s", "-d", YAMLLINT, *files], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout
 
 
@@ -106,7 +107,7 @@ README = (CHART / "README.md").read_text()
 def test_a_command_of_the_readme_renders(command, tmp_path):
     (tmp_path / "values.yaml").write_text((CHART / "ci" / "seed-basic-values.yaml").read_text())
     words = [str(ROOT / word) if word.startswith("./") else word for word in shlex.split(command)]
-    done = subprocess.run([program("helm"), "template", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program("helm"), "template", *words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,10 @@
 import pytest
 
+from kvoffload import store
 from kvoffload.cli import scrub
 from kvoffload.store import namespace
 from tests.cli.helpers import Command
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -11,4 +13,5 @@ def kvoffload(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setattr(namespace, "NAMESPACE_LOCK_SECONDS", 0.2)
     monkeypatch.setattr(scrub, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(store, "CLOSE_SECONDS", PATIENCE_S)
     return Command(capsys)

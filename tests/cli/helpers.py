@@ -17,6 +17,7 @@ from kvoffload.layout import slot_offset
 from kvoffload.store import Store
 from kvoffload.types import EngineOptions, OpKind, Region
 from kvoffload.worker import block_ops
+from tests.patience import PATIENCE_S
 from tests.store.helpers import PAYLOAD, key, namespace_of, open_store
 
 DRAM_SLOTS = 16
@@ -82,7 +83,7 @@ def running(paths: Path | Iterable[Path], slots: Iterable[int] = (), **options: 
     filled = Filled(open_store(paths, **options))
     try:
         filled.write(slots)
-        assert filled.store.flush(10)
+        assert filled.store.flush(PATIENCE_S)
         yield filled
     finally:
         filled.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.loop_device import IMAGE_BYTES, small_file_system
-from tests.engine.world import wait_until
+from tests.patience import wait_until
 
 QUICK = ("--seconds", 0.1, "--size-gb", 0.01, "--block-kib", 64)
 
@@ -38,7 +38,7 @@ def test_size_block_and_seconds_are_as_asked_for(kvoffload, tmp_path):
     found = measured(kvoffload, tmp_path, "--seconds", 0.3, "--size-gb", 0.02, "--block-kib", 128)
     assert found["block_bytes"] == 128 * 1024
     assert found["file_bytes"] == 20_000_000 // (128 * 1024) * (128 * 1024)
-    assert min(found["write"]["seconds"], found["read"]["seconds"]) > 0.29  # the clock that ends it starts a hair earlier
+    assert min(found["write"]["seconds"], found["read"]["seconds"]) >= 0.3
 
 
 def test_blocks_too_large_for_the_space_are_a_mistake(kvoffload, tmp_path):
@@ -53,7 +53,7 @@ def test_where_there_is_no_room_it_says_how_much_there_is_and_writes_nothing(kvo
         assert done.code == 2 and "of room beside what is left to others" in done.err
         assert os.statvfs(mounted).f_bavail == free
         assert measured(kvoffload, mounted, *QUICK)["file_bytes"]
-        assert os.statvfs(mounted).f_bavail == free
+        wait_until(lambda: os.statvfs(mounted).f_bavail == free)  # the kernel frees what has no name some time after its closing
 
 
 @pytest.mark.parametrize("name", ["nowhere", "link", "file"])

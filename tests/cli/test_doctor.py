@@ -17,6 +17,7 @@ from kvoffload.store.directory import Directory
 from kvoffload.vllm import window
 from tests.engine import fake_cuda
 from tests.engine.loop_device import small_file_system
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 # Before the checks run, the process takes something from itself.
@@ -38,7 +39,7 @@ LITTLE_MEMLOCK = "import resource\nresource.setrlimit(resource.RLIMIT_MEMLOCK, (
 def after(taking: str, check: str) -> tuple[str, str, str]:
     """Level, finding and remedy of a check in a process of its own."""
     code = taking + f"from kvoffload.cli import system_checks as s\nf = s.{check}\nprint(f.level, f.found, f.remedy, sep='|')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     level, found, remedy = done.stdout.strip().split("|")
     return level, found, remedy

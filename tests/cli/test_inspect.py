@@ -9,6 +9,7 @@ import pytest
 
 from kvoffload.errors import StoreError
 from tests.cli.helpers import fill, flip, namespace_of, running, slot_at, snapshot
+from tests.patience import PATIENCE_S
 from tests.store.helpers import OTHER_UID, key, slot_file, used_bytes
 
 
@@ -53,7 +54,7 @@ def test_uses_noted_in_the_journal_are_counted_until_it_is_compacted(kvoffload, 
     with running(tmp_path, range(3)) as filled:
         for _ in range(4):
             filled.store.touch([(key(0), 0), (key(1), 1), (key(99), 2)])
-        filled.store.flush(10)
+        filled.store.flush(PATIENCE_S)
         assert caches(kvoffload, tmp_path)[1][0]["uses_noted"] == 8
     fill(tmp_path, ())
     (cache,) = caches(kvoffload, tmp_path)[1]

@@ -13,6 +13,7 @@ from kvoffload.cli import main
 from kvoffload.cli.serve import VLLM
 from kvoffload.config import Config
 from kvoffload.vllm import window
+from tests.patience import PATIENCE_S
 
 SSD = ["--nvme-path", "/nvme", "--ssd-kv-offload-gb", "500"]
 SSD_SETTINGS = {"nvme_path": ["/nvme"], "ssd_kv_offload_gb": 500}
@@ -287,7 +288,7 @@ def test_a_vllm_outside_the_window_is_refused_before_it_starts(serve, monkeypatc
 def test_without_vllm_a_dry_run_works_and_a_run_says_what_is_missing(arguments, code, says):
     program = "import sys; sys.modules |= dict.fromkeys(['vllm', 'torch']); from kvoffload.cli import main; main()"
     command = [sys.executable, "-c", program, "serve", "model", *SSD, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == code
     assert says in done.stderr and len(done.stderr.splitlines()) == (1 if says else 0)
 

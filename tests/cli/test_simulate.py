@@ -12,6 +12,7 @@ from kvoffload.cli.clairvoyant import clairvoyant_hits
 from kvoffload.cli.replay import Replay
 from kvoffload.cli.traces import key_of, read
 from kvoffload.policy import POLICIES
+from tests.patience import PATIENCE_S
 
 CHATS = [[0, 1, 2], [0, 1, 2, 3], [4], [0, 1, 2, 3, 5], [4, 6], [0, 7]]
 
@@ -35,7 +36,7 @@ def bailian(path):
 
 def kvoffload(*arguments):
     command = [sys.executable, "-c", "from kvoffload.cli import main; main()", "simulate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"COLUMNS": "200"})
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env={"COLUMNS": "200"})
 
 
 def best_hits(requests, capacity):

@@ -15,6 +15,7 @@ import kvoffload
 from kvoffload.vllm import window
 from tests.chart.helm import Helm
 from tests.chart.rendering import CHART, program
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -53,7 +54,7 @@ def below(path: Path) -> set[Path]:
 
 
 def test_the_linter_finds_nothing():
-    done = subprocess.run([program("hadolint"), DOCKERFILE], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program("hadolint"), DOCKERFILE], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -61,7 +62,7 @@ def test_every_run_script_passes_shellcheck(steps):
     assert len(scripts(steps)) == 3
     for script in scripts(steps):
         command = [program("shellcheck"), "--shell=sh", "-"]
-        done = subprocess.run(command, input=script + "\n", capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, input=script + "\n", capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stdout
 
 
@@ -86,7 +87,7 @@ def test_what_is_copied_is_all_that_the_wheel_is_built_from(steps, tmp_path):
     assert {ROOT / "csrc", ROOT / "kvoffload", ROOT / "tools" / "bootstrap.py", ROOT / "Makefile"} <= set(copied(steps))
     alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}  # not called by make
     done = subprocess.run(
-        ["make", "-n", "wheel", "PYTHON=python3"], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=60
+        ["make", "-n", "wheel", "PYTHON=python3"], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.stdout.split() == ["python3", "tools/bootstrap.py", "wheel", "dist"], "dist is what the last stage mounts"
     assert "source=/src/dist" in values(steps, "RUN")[2]

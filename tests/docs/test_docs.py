@@ -11,6 +11,7 @@ import pytest
 
 from kvoffload.config import Config
 from tests.cli.helpers import Command, fill
+from tests.patience import PATIENCE_S
 from tools import config_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,7 @@ def test_a_command_of_another_program_is_one_that_tests_run_or_would_run(page, c
     words = shlex.split(command.replace("<model>", "MODEL"))
     program, rest = words[0], words[1:]
     if program == "make":
-        assert subprocess.run(["make", "-n", rest[0]], cwd=ROOT, capture_output=True, timeout=60).returncode == 0
+        assert subprocess.run(["make", "-n", rest[0]], cwd=ROOT, capture_output=True, timeout=PATIENCE_S).returncode == 0
     elif program == "vllm":
         transfer = json.loads(rest[rest.index("--kv-transfer-config") + 1])
         assert transfer["kv_connector"] == "KVOffloadConnector" and Config.parse(transfer["kv_connector_extra_config"]).enabled
@@ -100,7 +101,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     """Strict: a link that leads nowhere, or a page that is in no menu, fails it."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path / "site"]
     quiet = {"NO_MKDOCS_2_WARNING": "1", "PATH": ""}
-    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120, env=quiet)
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, env=quiet)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     assert "One hard cap per tier" in (tmp_path / "site" / "index.html").read_text()

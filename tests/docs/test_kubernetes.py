@@ -16,6 +16,7 @@ from tests.chart.helm import Helm
 from tests.chart.rendering import CHART, program
 from tests.cli.helpers import Command, fill
 from tests.docs.test_docs import COMMANDS, OF_CLUSTERS
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "kubernetes.md"
@@ -112,7 +113,7 @@ def test_the_drive_that_the_page_declares_is_valid_and_large_enough(tmp_path):
     (declared,) = (content for name, content in steps() if name == "drive.yaml")
     (tmp_path / "drive.yaml").write_text(declared)
     check = [program("kubernetes-validate"), "--strict", "-k", TESTED_KUBERNETES, tmp_path / "drive.yaml"]
-    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     _, volume = yaml.safe_load_all(declared)
     assert volume["spec"]["capacity"]["storage"] == "600Gi", "more than the claim's 514Gi"

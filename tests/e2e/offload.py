@@ -1,10 +1,9 @@
 """vLLM with kvoffload over a KV pool that holds one prompt, and what the tests ask about it."""
 
-import time
-
 from vllm_process import Answer, VllmProcess
 
 from kvoffload.vllm import window
+from tests.patience import wait_until
 
 VLLM = window.release(window.installed() or "")
 TOKENS = 8  # answered per prompt
@@ -12,7 +11,6 @@ BLOCK = 32  # tokens
 PROMPT = 30 * BLOCK
 POOL = {"max_model_len": 1056, "num_gpu_blocks_override": 40}  # a prompt of 30 blocks pushes out the one before
 SOURCES = ("device", "host", "disk")
-SETTLE_S = 60
 LOAD = {"kvoffload": "load"}  # whether that is faster depends on how busy this machine is; tests/e2e/test_slow_drive.py asks it
 
 
@@ -42,10 +40,9 @@ def loaded(engine: VllmProcess) -> dict[str, float]:
 
 def settle(engine: VllmProcess) -> None:
     """Waits until every stored block is on SSD."""
-    deadline = time.monotonic() + SETTLE_S
-    while time.monotonic() < deadline:
+
+    def is_settled() -> bool:
         metrics = engine.metrics()
-        if metrics.sum("kvoffload_demotions_total") >= metrics.sum("kvoffload_stored_blocks_total") > 0:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"stored blocks did not reach the SSD within {SETTLE_S} s")
+        return metrics.sum("kvoffload_demotions_total") >= metrics.sum("kvoffload_stored_blocks_total") > 0
+
+    wait_until(is_settled, pause_s=0.1)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +15,7 @@ from vllm_process import child_environment
 from tests.chart.rendering import CHART, ci, merged, render, tree
 from tests.e2e.conftest import BUILD
 from tests.e2e.served import COMMAND, SMALL, free_port, running
+from tests.patience import PATIENCE_S, wait_until
 
 NAME = "Meta-Llama-3.1-8B-Instruct"
 SMALLER = ["--max-model-len=1056", "--num-gpu-blocks-override=40"]  # and a machine without a GPU
@@ -72,7 +72,7 @@ def test_helm_test_passes_and_has_loaded_from_the_cache(server, rendered):
     words = container["command"][2:]
     words[words.index("--url") + 1] = server.url  # what the Service's name leads to
     script = CHART / "files" / "helm_test.py"
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert "and loaded in" in done.stdout, done.stdout
 
@@ -87,9 +87,7 @@ def test_a_stop_answers_what_is_in_flight_within_the_grace_period(server, render
     with ThreadPoolExecutor(1) as beside:
         more = {"max_tokens": LONG, "ignore_eos": True}
         answer = beside.submit(server.post, "/v1/completions", model=NAME, prompt="Once upon a time", **more)
-        deadline = time.monotonic() + 30
-        while not is_running(server):
-            assert time.monotonic() < deadline
+        wait_until(lambda: is_running(server))
         os.kill(server.process.pid, signal.SIGTERM)
         assert json.loads(answer.result())["usage"]["completion_tokens"] == LONG
     server.process.wait(objects.pod["terminationGracePeriodSeconds"])

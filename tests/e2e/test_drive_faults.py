@@ -4,16 +4,15 @@ kvoffload, the engine lives, the log says it once for each request at most, and 
 import errno
 import shutil
 import subprocess
-import time
 
 import pytest
 from vllm_process import VllmProcess
 
 from tests.e2e.offload import BLOCK, PROMPT, ask, ask_one, settle
 from tests.engine.faulty import FaultPlan, environment
+from tests.patience import wait_until
 
 PROMPTS = 4
-PATIENCE_S = 90
 LOGGING = {"VLLM_LOGGING_LEVEL": "INFO"}  # what is said is counted here
 
 
@@ -50,11 +49,14 @@ class Life:
 
     def wait_until_loads_come_back(self) -> None:
         """What was damaged or forgotten is stored anew, and pauses end by themselves."""
-        deadline = time.monotonic() + PATIENCE_S
-        while ask_one(self.engine, self.asked[0])[1]["disk"] < PROMPT:
-            assert time.monotonic() < deadline, self.engine.log_text()[-3000:]
+
+        def is_loaded() -> bool:
+            if ask_one(self.engine, self.asked[0])[1]["disk"] == PROMPT:
+                return True
             assert ask(self.engine, self.asked) == self.want
-            time.sleep(0.5)
+            return False
+
+        wait_until(is_loaded, pause_s=0.5)
 
 
 @pytest.fixture

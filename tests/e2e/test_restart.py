@@ -4,6 +4,8 @@ import pytest
 from vllm_process import EngineError
 
 from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, ask_one, settle
+from tests.engine.faulty import FaultPlan, environment
+from tests.patience import wait_until
 
 
 def test_a_wrong_setting_is_one_clear_sentence(serve):
@@ -36,18 +38,19 @@ def test_a_restart_resumes_and_resume_off_starts_empty(serve, baseline, prompts,
 
 
 def test_kill_9_in_the_middle_of_stores_loses_only_what_was_not_acknowledged(serve, baseline, prompts, tmp_path):
+    """One block in twenty stays in the drive until the engine is killed, so that it is killed before all of them are stored."""
     asked = prompts.many(6, PROMPT)
     want = baseline.tokens("llama", asked, TOKENS)
     settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3}
-    first = serve("llama", settings)
-    assert ask(first, asked[:2]) == want[:2]
-    settle(first)
-    for prompt in asked[2:]:
-        first.submit(prompt, 8)
-    for _ in range(1000):
-        if first.metrics().sum("kvoffload_stored_blocks_total") > 75:
-            break
-    first.kill9()
+    with FaultPlan(tmp_path / "plan") as plan:
+        first = serve("llama", settings, env=environment(plan))
+        assert ask(first, asked[:2]) == want[:2]
+        settle(first)
+        plan.write.set(stall=0.05)
+        for prompt in asked[2:]:
+            first.submit(prompt, 8)
+        wait_until(lambda: plan.write.waiting > 0)
+        first.kill9()
 
     second = serve("llama", settings)
     sources = []
@@ -56,5 +59,5 @@ def test_kill_9_in_the_middle_of_stores_loses_only_what_was_not_acknowledged(ser
         assert answer.tokens == tokens
         sources.append(source["disk"])
     assert sources[0] >= 29 * BLOCK and sources[1] >= 29 * BLOCK, sources
-    assert sum(sources) < 6 * 29 * BLOCK, sources
+    assert sum(sources) < 6 * PROMPT, sources
     assert second.metrics().sum("kvoffload_load_failures_total") == 0

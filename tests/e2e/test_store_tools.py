@@ -1,19 +1,28 @@
 """inspect, verify and clean beside a running vLLM and after it."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.e2e.offload import PROMPT, TOKENS, ask, ask_one, settle
+from tests.patience import PATIENCE_S
 
-COMMAND = (sys.executable, "-c", "from kvoffload.cli import main; main()")
+COMMAND = (sys.executable, "-X", "faulthandler", "-c", "from kvoffload.cli import main; main()")
 
 
 def kvoffload(*arguments: object) -> tuple[int, dict | list]:
-    done = subprocess.run([*COMMAND, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=120)
-    assert done.stderr == ""
-    return done.returncode, json.loads(done.stdout)
+    command = [*COMMAND, *map(str, arguments), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        waits = [f"{task.name}: {(task / 'wchan').read_text()}" for task in Path(f"/proc/{process.pid}/task").iterdir()]
+        process.send_signal(signal.SIGABRT)  # it says where its threads are
+        raise AssertionError(f"does not end, its threads wait in {waits}; it said {process.communicate()}") from None
+    assert err == ""
+    return process.returncode, json.loads(out)
 
 
 def directories(path: Path) -> list[Path]:

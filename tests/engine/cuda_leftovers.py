@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from kvoffload.types import OP_DTYPE, OpKind
-from tests.engine.cuda_scenarios import World, main, wait_until
+from tests.engine.cuda_scenarios import World, main
 from tests.engine.planner import Planner
-from tests.engine.world import TIMEDOUT, KVCache, copy_in, copy_out, run, run_one, write
+from tests.engine.world import FOREVER_US, TIMEDOUT, KVCache, copy_in, copy_out, run, run_one, write
+from tests.patience import wait_until
 
-SHORT_US = 5000
+TIMEOUTS_US = ((5000, 15_000), (5000, 15_000), (FOREVER_US, 1))  # of a batch, and of every third operation in it
 
 
 def arenas_kib() -> int:
@@ -85,8 +86,7 @@ def what_timed_out_on_a_device_that_stops_and_goes_writes_nowhere(world: World) 
     with world.open(spare_slots=3) as engine:
         for _ in range(80):
             batch = np.concatenate([np.zeros(0, OP_DTYPE), *planner.batch()])
-            batch["timeout_us"] = SHORT_US
-            batch["timeout_us"][::3] = 3 * SHORT_US
+            batch["timeout_us"], batch["timeout_us"][::3] = chance.choice(TIMEOUTS_US)
             for op in batch[batch["kind"] == OpKind.COPY_OUT]:
                 stored[int(op["generation"])] = kv.block(int(op["kv_block"]), int(op["group"]))
             loads = batch[batch["kind"] == OpKind.COPY_IN]

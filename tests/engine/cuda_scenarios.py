@@ -19,7 +19,6 @@ from tests.engine.world import (
     CANCELED,
     DRAM_SLOTS,
     KV_BLOCKS,
-    PATIENCE_S,
     TIMEDOUT,
     KVCache,
     copy_in,
@@ -33,10 +32,11 @@ from tests.engine.world import (
     run_one,
     write,
 )
+from tests.patience import PATIENCE_S, wait_until
 
 DEVICE_FAILED = -errno.EREMOTEIO
 NOTHING = (0, 0, 0, 0)
-TIMEOUT_US = 100_000
+TIMEOUT_US = 1_000_000  # in which a copy begins also on a busy machine
 LATE_US = 30_000
 FENCES = 64  # events the engine has for them
 INVALID_VALUE, LAUNCH_FAILED, NOT_SUPPORTED = 1, 719, 801
@@ -48,12 +48,6 @@ CALLS = (
     "cuMemcpyDtoHAsync_v2 cuMemcpyBatchAsync cuMemcpyBatchAsync_v2"
 ).split()
 
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def take(engine: Engine, count: int) -> dict[int, int]:
@@ -117,12 +111,15 @@ def random_plans_give_the_same_statuses_and_bytes_as_the_reference(world: World)
 
 
 def many_blocks_share_a_call(world: World) -> None:
-    world.device.fake_delay_us = 3000
     count = DRAM_SLOTS
     with world.open() as engine:
         assert set(run(engine, *(copy_out(n, n) for n in range(count))).values()) == {0}
         before = world.device.calls("cuMemcpyBatchAsync_v2")
-        assert set(run(engine, *(copy_in(n, n, kv_block=n + count) for n in range(count))).values()) == {0}
+        world.device.fake_hold = 1
+        assert engine.submit(np.concatenate([copy_in(n, n, kv_block=n + count) for n in range(count)])) == count
+        wait_until(lambda: engine.stats()["in_flight"] == count)
+        world.device.fake_hold = 0
+        assert take(engine, count) == dict.fromkeys(range(count), 0)
         assert world.device.calls("cuMemcpyBatchAsync_v2") - before < count
     assert all(world.kv.block(n) == world.kv.block(n + count) for n in range(count))
     assert world.is_clean()
@@ -225,13 +222,11 @@ def loads_do_not_wait_behind_stores(world: World) -> None:
     with world.open(dram_slots=60, max_ops=64) as engine:
         assert run_one(engine, copy_out(1, 59)) == 0
         world.device.fake_delay_us = 20_000
-        stores = np.concatenate([copy_out(n % KV_BLOCKS, n, id=n) for n in range(50)])
-        assert engine.submit(stores) == 50
-        assert engine.submit(copy_in(1, 59, kv_block=3, id=99)) == 1
-        wait_until(lambda: engine.stats()["ops"][OpKind.COPY_IN] == 1)
-        assert engine.stats()["ops"][OpKind.COPY_OUT] < 40
-        world.device.fake_delay_us = 0
-        assert set(take(engine, 51).values()) == {0}
+        stores = [copy_out(n % KV_BLOCKS, n, id=n) for n in range(50)]
+        assert engine.submit(np.concatenate([*stores, copy_in(1, 59, kv_block=3, id=99)])) == 51
+        statuses = take(engine, 51)
+        assert set(statuses.values()) == {0}
+        assert list(statuses).index(99) < 40
 
 
 # ---- failures ----
@@ -368,12 +363,13 @@ def lost_device_fails_copies_and_leaves_the_drives_alone(world: World) -> None:
         copies = [copy_out(n % KV_BLOCKS, n, id=100 + n) for n in range(10, 50)]
         copies += [copy_in(n % 8, n % 8, kv_block=8 + n % 8, id=200 + n) for n in range(40)]
         assert engine.submit(np.concatenate(copies)) == 80
-        time.sleep(0.02)
+        world.device.fake_hold = 1
+        assert engine.submit(copy_in(0, 0, kv_block=20, id=300)) == 1
+        wait_until(lambda: engine.stats()["in_flight"] > 0)
         world.device.lose()
-        start = time.monotonic()
-        statuses = take(engine, 80)
-        assert set(statuses.values()) == {0, DEVICE_FAILED} or set(statuses.values()) == {DEVICE_FAILED}
-        assert time.monotonic() - start < 5
+        statuses = take(engine, 81)
+        assert set(statuses.values()) <= {0, DEVICE_FAILED}
+        assert statuses[300] == DEVICE_FAILED
         for n in range(8):
             assert run_one(engine, write(n, n, 8 + n)) == run_one(engine, read(n, 50 + n, 8 + n)) == 0
             assert run(engine, load(n, n, 20)) == {n: 0, 1000 + n: DEVICE_FAILED}
@@ -447,7 +443,6 @@ def memory_that_cannot_be_pinned_is_told_in_a_sentence(world: World) -> None:
 def idle_engine_makes_no_calls(world: World) -> None:
     with world.open() as engine:
         assert run_one(engine, copy_out(1, 0)) == run_one(engine, copy_in(1, 0)) == 0
-        time.sleep(0.05)
         calls = world.device.calls()
         assert run_one(engine, write(1, 0, 3)) == run_one(engine, read(1, 0, 3)) == 0
         assert not engine.wait(0.3)
@@ -473,7 +468,7 @@ def close_ends_while_the_device_hangs(world: World) -> None:
         wait_until(lambda: engine.stats()["in_flight"] == 2)
         start = time.monotonic()
         engine.close()
-        assert 1 < time.monotonic() - start < 4
+        assert time.monotonic() - start > 1, "it was given a while, and hangs still"
     world.device.fake_hold = 0
     time.sleep(0.05)
     assert world.device.fake_violations == 0, "what the device still used is still there"
@@ -486,7 +481,7 @@ def main(scenarios: dict[str, Callable]) -> None:
 
 
 SCENARIOS = {name: member for name, member in list(globals().items()) if getattr(member, "__module__", "") == __name__}
-for helper in ("World", "Journey", "wait_until", "take", "main"):
+for helper in ("World", "Journey", "take", "main"):
     del SCENARIOS[helper]
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from unittest import mock
 import kvoffload.engine
 from tests import sanitizers
 from tests.engine.world import FOREVER_US
+from tests.patience import wait_until
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -35,7 +36,7 @@ COPY_FAULTS = {"error", "stall", "queued"}
 
 # ---- the library ----
 
-WRAPPED = ("kvo_io_uring_open", "kvo_io_threads_open", "kvo_io_advance", "kvo_copy_host_open")
+WRAPPED = ("kvo_io_uring_open", "kvo_io_threads_open", "kvo_io_advance", "kvo_copy_host_open", "kvo_pump")
 SOURCES = [*sorted((ROOT / "csrc").glob("*.c")), HERE / "io_fault.c"]
 HEADERS = [*sorted((ROOT / "csrc").glob("*.h")), HERE / "io_fault.h"]
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
@@ -146,6 +147,9 @@ class _Layout(ctypes.Structure):
         ("device", ctypes.c_uint64),
         ("inode", ctypes.c_uint64),
         ("released", ctypes.c_uint64),
+        ("passed", ctypes.c_uint64),
+        ("turned", ctypes.c_uint64),
+        ("overdue", ctypes.c_uint64),
         ("kinds", FaultyKind * 5),
     )
 
@@ -176,6 +180,16 @@ class FaultPlan:
     def release(self) -> None:
         """Lets go what waits now."""
         self._layout.released += 1
+
+    def deadlines_pass(self) -> None:
+        """Those of all operations that have a timeout of their own; on an engine where something waits. It has seen to it then."""
+        self._layout.passed += 1
+        wait_until(lambda: self._layout.turned == self._layout.passed)
+
+    @property
+    def overdue(self) -> int:
+        """How often an operation's deadline had come and the engine went to sleep, or was to come before it would awake."""
+        return self._layout.overdue
 
     def heal(self) -> None:
         """No more faults, and nothing waits any longer."""

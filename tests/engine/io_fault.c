@@ -20,6 +20,7 @@ kvo_drives *__real_kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, 
 kvo_drives *__real_kvo_io_threads_open(uint32_t depth, int kick_fd);
 bool __real_kvo_io_advance(kvo_io *io, int64_t outcome);
 kvo_copier *__real_kvo_copy_host_open(int kick_fd);
+void *__real_kvo_pump(void *engine);
 
 /* ---- the plan ---- */
 
@@ -156,6 +157,47 @@ static request *take_due(request **waiting, const fault_plan *plan) {
     return NULL;
 }
 
+/* ---- deadlines ---- */
+
+static __thread kvo_engine *pumped; /* by this thread; what follows looks at what is the pump's own */
+
+void *__wrap_kvo_pump(void *engine) {
+    pumped = engine;
+    return __real_kvo_pump(engine);
+}
+
+static void have_pass(kvo_list *list) {
+    for (kvo_record *record = list->first; record != NULL; record = record->next)
+        if (record->op.timeout_us != 0 && record->op.timeout_us != UINT64_MAX) record->deadline = 0;
+}
+
+static void have_deadlines_pass(void) {
+    for (int kind = 0; kind < 4; kind++) have_pass(&pumped->queued[kind]);
+    have_pass(&pumped->running);
+    pumped->next_deadline = 0;
+}
+
+/* Operations whose deadline had come when the pump last awoke, or is nearer than it is about to sleep.
+ * Of COPY_INs that have begun the end is waited for. */
+static uint64_t overdue_in(const kvo_list *list, uint64_t awoke, uint64_t timeout_us) {
+    uint64_t found = 0;
+    for (const kvo_record *record = list->first; record != NULL; record = record->next) {
+        bool is_awaited = list == &pumped->running && record->op.kind == KVO_COPY_IN;
+        if (!is_awaited && record->deadline < kvo_later(awoke, timeout_us)) found++;
+    }
+    return found;
+}
+
+static uint64_t count_overdue(uint64_t awoke, uint64_t timeout_us) {
+    pthread_mutex_lock(&pumped->shared.lock);
+    bool stop = pumped->shared.stop;
+    pthread_mutex_unlock(&pumped->shared.lock);
+    if (stop) return 0; /* nobody is told of what ends any more */
+    uint64_t found = overdue_in(&pumped->running, awoke, timeout_us);
+    for (int kind = 0; kind < 4; kind++) found += overdue_in(&pumped->queued[kind], awoke, timeout_us);
+    return found;
+}
+
 /* ---- drives ---- */
 
 typedef struct {
@@ -164,6 +206,7 @@ typedef struct {
     fault_plan *plan;
     int kick_fd;
     request *waiting, *answered;
+    uint64_t passed, awoke; /* of the plan, as last seen; when the pump's last sleep ended */
 } faulty_drives;
 
 typedef struct {
@@ -273,6 +316,11 @@ static void drives_start(kvo_drives *face, kvo_io *io) {
 
 static kvo_io *drives_reap(kvo_drives *face) {
     faulty_drives *self = (faulty_drives *)face;
+    uint64_t passed = __atomic_load_n(&self->plan->passed, __ATOMIC_SEQ_CST);
+    if (face == pumped->io) { /* else a pool's beside it */
+        if (passed != self->passed) have_deadlines_pass();
+        self->passed = passed;
+    }
     for (request *due; (due = take_due(&self->waiting, self->plan)) != NULL;) begin_io(self, (faulty_io *)due);
     faulty_io *it = (faulty_io *)take(&self->answered);
     if (it == NULL) {
@@ -292,8 +340,11 @@ static kvo_io *drives_reap(kvo_drives *face) {
 static void drives_wait(kvo_drives *face, uint64_t timeout_us) {
     faulty_drives *self = (faulty_drives *)face;
     uint64_t waiting = 0;
+    __atomic_store_n(&self->plan->turned, self->passed, __ATOMIC_SEQ_CST);
+    count(&self->plan->overdue, (int64_t)count_overdue(self->awoke, timeout_us));
     for (int i = 0; i < FAULTY_KINDS; i++) waiting += __atomic_load_n(&self->plan->kinds[i].waiting, __ATOMIC_SEQ_CST);
     self->drives->wait(self->drives, waiting > 0 && timeout_us > SLICE_US ? SLICE_US : timeout_us);
+    self->awoke = kvo_now_us();
 }
 
 static void drives_close(kvo_drives *face) {
@@ -316,6 +367,7 @@ static kvo_drives *faulty(kvo_drives *drives, int kick_fd) {
                               .close = drives_close};
     self->drives = drives;
     self->plan = open_plan();
+    self->passed = self->plan->passed;
     self->kick_fd = kick_fd;
     return &self->face;
 }

@@ -37,8 +37,11 @@ enum { FAULTY_READ, FAULTY_WRITE, FAULTY_GROW, FAULTY_COPY_IN, FAULTY_COPY_OUT, 
 typedef struct {
     uint64_t device, inode; /* reads, writes and growth of other files have no faults; inode 0: every file has */
     uint64_t released;      /* a change lets go what is waiting then */
+    uint64_t passed;        /* by a change pass the deadlines of what has a timeout of its own; seen while something waits */
+    uint64_t turned;        /* noted here: the last change of `passed` after which the pump has had its turn */
+    uint64_t overdue;       /* counted here: operations whose deadline the pump would sleep past; see overdue_in */
     fault_kind kinds[FAULTY_KINDS];
 } fault_plan;
-_Static_assert(sizeof(fault_plan) == 24 + 5 * 176, "FaultPlan in faulty.py mirrors this");
+_Static_assert(sizeof(fault_plan) == 48 + 5 * 176, "FaultPlan in faulty.py mirrors this");
 
 #endif

@@ -3,29 +3,31 @@
 import contextlib
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_S, wait_until
+
 IMAGE_BYTES = 64 * 2**20
 
 
 def call(*command: object) -> None:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=PATIENCE_S)
     if done.returncode != 0:
         pytest.skip(f"no file system on a loop device here: {command[0]}: {done.stderr.strip()}")
 
 
 def unmount(folder: Path) -> None:
     """The kernel closes the files of an io_uring some time after its process ended."""
-    for _ in range(100):
+
+    def was_tried() -> bool:
         done = subprocess.run(["umount", str(folder)], capture_output=True, text=True)
-        if "busy" not in done.stderr:
-            break
-        time.sleep(0.1)
-    assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 or "busy" in done.stderr, done.stderr
+        return done.returncode == 0
+
+    wait_until(was_tried, pause_s=0.1)
 
 
 @contextlib.contextmanager

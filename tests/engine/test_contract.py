@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from tests.engine.world import (
     run_one,
     write,
 )
+from tests.patience import PATIENCE_S
 
 FILE_SYSTEM_BYTES = 4096  # ext4 counts the block that lists a file's extents as the file's
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def test_operations_not_yet_polled_count_against_the_bound(name: str) -> None:
         assert engine.submit(ops[4:]) == 0
         done = 0
         while done < 4:
-            assert engine.wait(30)
+            assert engine.wait(PATIENCE_S)
             done += len(engine.poll(1))
         assert engine.submit(ops[4:]) == 2
 
@@ -357,7 +358,7 @@ def test_a_sandbox_without_io_uring_is_served_by_threads_and_told_so(tmp_path: P
         if not engine.describe()[0].startswith("io: io_uring"):
             pytest.skip("no io_uring to deny here")
     command = [sys.executable, "-c", IN_A_SANDBOX, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert "io: threads (io_uring refused: Operation not permitted)" in done.stdout
     assert "io_uring cannot be used (io_uring refused: Operation not permitted)" in done.stdout
@@ -400,7 +401,7 @@ def test_close_ends_with_operations_under_way(tmp_path: Path, name: str) -> None
     for turn in range(5):
         engine = open_engine(name, KVCache(), make_files(tmp_path / str(turn)))
         engine.submit(np.concatenate([copy_out(n, n) for n in range(DRAM_SLOTS)]))
-        engine.wait(30)
+        engine.wait(PATIENCE_S)
         engine.submit(np.concatenate([write(n, n, n) for n in range(DRAM_SLOTS)] + [load(9, 9, 9)]))
         engine.close()
         engine.close()
@@ -416,18 +417,26 @@ def test_a_closed_engine_refuses_calls(name: str) -> None:
         engine.wait(0)
 
 
-def test_close_is_refused_while_another_thread_waits() -> None:
+@pytest.fixture
+def no_switches() -> Iterator[None]:
+    """A thread keeps the interpreter until it waits for something."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_close_is_refused_while_another_thread_waits(no_switches: None) -> None:
     with open_engine("auto", KVCache()) as engine:
         started = threading.Event()
 
         def wait() -> None:
-            started.set()
-            engine.wait(30)
+            started.set()  # who waits for it goes on when this thread waits in the engine
+            engine.wait(PATIENCE_S)
 
         waiter = threading.Thread(target=wait)
         waiter.start()
         started.wait()
-        time.sleep(0.2)
         with pytest.raises(RuntimeError, match="another thread"):
             engine.close()
         engine.submit(copy_out(1, 0))
@@ -454,8 +463,10 @@ def test_many_threads_may_submit_and_poll(tmp_path: Path, name: str) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        while engine.wait(0.5):
+        while len(seen) < 4 * 100:
+            assert engine.wait(PATIENCE_S)
             seen.extend(engine.poll()["id"].tolist())
+        assert not engine.wait(0.5), "nothing completes twice"
     assert sorted(seen) == sorted(thread * 1000 + turn for thread in range(4) for turn in range(100))
 
 

@@ -17,6 +17,7 @@ from tests.engine import cuda_leftovers
 from tests.engine.cuda_scenarios import SCENARIOS
 from tests.engine.fake_cuda import compile_fake, compile_shared
 from tests.engine.world import make_options
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = (12040, 12080, 13000)  # without cuMemcpyBatchAsync, with its first form, with its second
@@ -63,7 +64,7 @@ def seed() -> int:
 
 def run_scenario(arguments: list[object], program: list[object]) -> None:
     command = [str(word) for word in [sys.executable, *program, *arguments]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -29,11 +29,12 @@ from tests.engine.world import (
     run,
     run_one,
     stored,
-    wait_until,
     write,
 )
+from tests.patience import wait_until
 
-TIMEOUT_US = 300_000  # more than a busy machine delays the pump
+HOUR_US = 3600 * 10**6  # of operations whose deadline passes when a test says so
+SHORT_US = 100_000
 
 
 @dataclass
@@ -45,6 +46,20 @@ class World:
 
     def wait_until_none_is_abandoned(self) -> None:
         wait_until(lambda: self.engine.stats()["abandoned"] == 0)
+
+    def times_out(self, begun: int, *ops: np.ndarray) -> dict[int, int]:
+        """Statuses by id, where the deadline passes when so many of the operations have begun and stall."""
+        stalled = sum(kind.waiting for kind in self.faults.kinds)
+        batch = np.concatenate(ops)
+        batch["timeout_us"] = HOUR_US
+        assert self.engine.submit(batch) == len(batch)
+        wait_until(lambda: sum(kind.waiting for kind in self.faults.kinds) == stalled + begun)
+        self.faults.deadlines_pass()
+        return {int(done["id"]): int(done["status"]) for done in self.engine.poll()}
+
+    def gives_up(self, op: np.ndarray) -> None:
+        """The operation begins, stalls and times out."""
+        assert self.times_out(1, op) == {int(op["id"][0]): TIMEDOUT}
 
     def completes(self) -> list[int]:
         wait_until(lambda: self.engine.wait(0.1))
@@ -71,7 +86,7 @@ def test_late_read_cannot_touch_the_slot_given_to_another_block(world):
     engine, kv = world.engine, world.kv
     stored(engine, 1, 0, 3)
     world.faults.read.set(stall=1)
-    assert run_one(engine, read(1, 5, 3, timeout_us=TIMEOUT_US)) == TIMEDOUT
+    world.gives_up(read(1, 5, 3))
     assert engine.stats()["abandoned"] == 1
     assert run_one(engine, copy_in(1, 5)) == BADMSG, "half a block is no block"
     assert run_one(engine, copy_out(2, 5)) == 0
@@ -89,9 +104,8 @@ def test_memory_of_late_reads_is_given_to_nobody(world):
     assert run_one(engine, copy_out(23, 7)) == run_one(engine, write(23, 7, 9)) == 0
     world.faults.read.set(stall=1)
     spares = engine.options.spare_slots
-    late = [read(23, 7, 9, id=n, timeout_us=TIMEOUT_US) for n in range(1, spares)]
-    for op in late:
-        assert run_one(engine, op) == TIMEDOUT
+    for n in range(1, spares):
+        world.gives_up(read(23, 7, 9, id=n))
     assert engine.stats()["abandoned"] == spares - 1
     for number in range(8):
         assert run_one(engine, copy_out(8 + number, number)) == 0
@@ -107,9 +121,9 @@ def test_late_write_cannot_land_on_newer_content(world):
     stored(engine, 1, 0, 3)
     assert run_one(engine, copy_out(2, 1)) == 0
     world.faults.write.set(stall=1)
-    assert run_one(engine, write(1, 0, 3, generation=1, timeout_us=TIMEOUT_US)) == TIMEDOUT
-    assert run_one(engine, write(2, 1, 3, timeout_us=TIMEOUT_US)) == TIMEDOUT, "waits for the late one"
-    assert run_one(engine, read(1, 2, 3, timeout_us=TIMEOUT_US)) == TIMEDOUT, "waits for the late one"
+    world.gives_up(write(1, 0, 3, generation=1))
+    assert run_one(engine, write(2, 1, 3, timeout_us=SHORT_US)) == TIMEDOUT, "waits for the late one"
+    assert run_one(engine, read(1, 2, 3, timeout_us=SHORT_US)) == TIMEDOUT, "waits for the late one"
     assert run_one(engine, copy_out(4, 0)) == 0, "the late write keeps its memory, the slot gets other"
     assert engine.submit(write(2, 1, 3)) == 1
     world.faults.heal()
@@ -123,7 +137,7 @@ def test_late_write_cannot_land_on_newer_content(world):
 def test_late_copy_out_cannot_touch_the_slot_given_to_another_block(world):
     engine, kv = world.engine, world.kv
     world.faults.copy_out.script("stall")
-    assert run_one(engine, copy_out(1, 5, timeout_us=TIMEOUT_US)) == TIMEDOUT
+    world.gives_up(copy_out(1, 5))
     assert engine.stats()["abandoned"] == 1
     assert run_one(engine, copy_in(1, 5)) == BADMSG
     assert run_one(engine, copy_out(2, 5)) == 0
@@ -138,7 +152,8 @@ def test_staged_load_that_times_out_cancels_its_copy(world):
     stored(world.engine, 1, 0, 3)
     before = world.kv.everything()
     world.faults.read.set(stall=1)
-    assert run(world.engine, load(1, 3, 8, timeout_us=TIMEOUT_US)) == {1: TIMEDOUT, 1001: CANCELED}
+    assert world.times_out(1, load(1, 3, 8)) == {1: TIMEDOUT, 1001: CANCELED}
+    assert world.engine.stats()["abandoned"] == 1
     world.faults.heal()
     world.wait_until_none_is_abandoned()
     assert world.kv.everything() == before
@@ -148,7 +163,7 @@ def test_pair_ends_by_the_earlier_timeout(world):
     stored(world.engine, 1, 0, 3)
     world.faults.read.set(stall=1)
     pair = load(1, 3, 8, timeout_us=FOREVER_US)
-    pair["timeout_us"][1] = TIMEOUT_US
+    pair["timeout_us"][1] = SHORT_US
     assert run(world.engine, pair) == {1: TIMEDOUT, 1001: CANCELED}
 
 
@@ -156,17 +171,16 @@ def test_a_load_ends_at_its_deadline_and_not_when_the_drive_answers(world):
     stored(world.engine, 1, 0, 3)
     world.faults.read.set(stall=1)
     start = time.monotonic()
-    assert run(world.engine, load(1, 3, 8, timeout_us=TIMEOUT_US)) == {1: TIMEDOUT, 1001: CANCELED}
-    assert time.monotonic() - start >= TIMEOUT_US / 1e6
-    assert world.faults.read.waiting == world.engine.stats()["abandoned"] == 1
+    assert run(world.engine, load(1, 3, 8, timeout_us=SHORT_US)) == {1: TIMEDOUT, 1001: CANCELED}
+    assert time.monotonic() - start >= SHORT_US / 1e6
+    assert world.times_out(1, load(1, 3, 9)) == {1: TIMEDOUT, 1001: CANCELED}
+    assert world.faults.read.waiting == world.engine.stats()["abandoned"] > 0, "the drive has not answered yet"
 
 
 def test_a_copy_in_that_has_begun_is_waited_for(world):
     assert run_one(world.engine, copy_out(1, 0)) == 0
     world.faults.copy_in.script("stall")
-    assert world.engine.submit(copy_in(1, 0, kv_block=8, timeout_us=TIMEOUT_US)) == 1
-    wait_until(lambda: world.faults.copy_in.waiting == 1)
-    assert not world.engine.wait(2 * TIMEOUT_US / 1e6)
+    assert world.times_out(1, copy_in(1, 0, kv_block=8)) == {}
     world.faults.release()
     assert world.completes() == [0]
     assert world.kv.block(8) == world.kv.block(1)
@@ -181,9 +195,9 @@ def test_without_a_spare_loads_wait_and_then_time_out(world):
     stored(engine, 1, 0, 3)
     world.faults.read.set(stall=1)
     spares = engine.options.spare_slots
-    loads = [load(1, 2 + n % 2, 8 + n, id=n, timeout_us=TIMEOUT_US) for n in range(spares)]
-    assert set(run(engine, *loads).values()) == {TIMEDOUT, CANCELED}
-    assert run(engine, load(1, 3, 8, timeout_us=TIMEOUT_US)) == {1: TIMEDOUT, 1001: CANCELED}
+    statuses = world.times_out(spares, *(load(1, 2 + n % 2, 8 + n, id=n) for n in range(spares)))
+    assert len(statuses) == 2 * spares and set(statuses.values()) == {TIMEDOUT, CANCELED}
+    assert run(engine, load(1, 3, 8, timeout_us=SHORT_US)) == {1: TIMEDOUT, 1001: CANCELED}
     assert engine.stats()["abandoned"] == spares, "the last one never started"
     world.faults.heal()
     world.wait_until_none_is_abandoned()
@@ -197,7 +211,7 @@ def test_stalled_drive_never_holds_more_than_io_depth(world):
     world.faults.read.set(stall=1)
     world.faults.write.set(stall=1)
     for turn in range(3):
-        ops = [read(n, n, n, id=100 * turn + n, timeout_us=TIMEOUT_US) for n in range(8)]
+        ops = [read(n, n, n, id=100 * turn + n, timeout_us=SHORT_US) for n in range(8)]
         assert set(run(engine, *ops).values()) == {TIMEDOUT}
         assert engine.stats()["abandoned"] <= engine.options.io_depth
     assert run_one(engine, copy_out(20, 0)) == 0, "DRAM still serves"
@@ -216,8 +230,8 @@ def test_one_stalled_drive_leaves_places_for_the_others(world):
     world.faults.read.set(stall=1)
     world.faults.write.set(stall=1)
     for _ in range(3):
-        stuck = [load(0, 0, 8 + n, id=n, timeout_us=TIMEOUT_US) for n in range(8)]
-        stuck += [write(n, n, 8 + n, id=100 + n, timeout_us=TIMEOUT_US) for n in (2, 4, 6)]
+        stuck = [load(0, 0, 8 + n, id=n, timeout_us=SHORT_US) for n in range(8)]
+        stuck += [write(n, n, 8 + n, id=100 + n, timeout_us=SHORT_US) for n in (2, 4, 6)]
         assert set(run(engine, *stuck).values()) == {TIMEDOUT, CANCELED}
     assert run(engine, *(write(n, n, 8 + n, timeout_us=FOREVER_US) for n in (1, 3, 5))) == dict.fromkeys((1, 3, 5), 0)
     late = [load(0, 0, 8, id=n, timeout_us=FOREVER_US) for n in range(10, 20)]
@@ -285,7 +299,7 @@ def test_writes_wait_for_the_file_to_grow_and_reads_do_not(world):
     assert world.engine.submit(write(1, 0, 3)) == 1
     wait_until(lambda: world.faults.grow.waiting == 1)
     assert run_one(world.engine, read(1, 1, 3)) == BADMSG
-    assert run_one(world.engine, write(1, 0, 5, timeout_us=TIMEOUT_US)) == TIMEDOUT
+    assert run_one(world.engine, write(1, 0, 5, timeout_us=SHORT_US)) == TIMEDOUT
     world.faults.heal()
     assert world.completes() == [0]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.file_system_scenarios import SCENARIOS
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,6 @@ def test_file_systems(scenario: str, library: Path, tmp_path: Path) -> None:
         env=os.environ | {"LD_PRELOAD": preload},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from kvoffload.types import EngineOptions, Region
 from tests.engine.fake_cuda import compile_shared
 from tests.engine.loop_device import small_file_system
 from tests.engine.world import C_ENGINES, copy_out, load, make_files, run_one, write
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 PAYLOAD = 2**18
@@ -132,5 +133,6 @@ def test_ranks_and_files_that_grow_at_once_leave_the_floor(drive: Path, tmp_path
     program = "import sys\nfrom pathlib import Path\nfrom tests.engine.test_full_drive import *\ngrow_at_once(Path(sys.argv[1]))"
     preload = " ".join(filter(None, (os.environ.get("LD_PRELOAD", ""), str(library))))
     command = [sys.executable, "-c", program, str(drive)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"LD_PRELOAD": preload}, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"LD_PRELOAD": preload}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from kvoffload.engine import Engine
 from kvoffload.types import EngineOptions, Region
 from tests.engine.world import (
     C_ENGINES,
+    FOREVER_US,
     TIMEDOUT,
     copy_out,
     load,
@@ -27,6 +28,7 @@ from tests.engine.world import (
     run_one,
     write,
 )
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 LARGE = 2**20 - 8192  # bytes that take a while to verify, and are not yet enough to end a turn of the pump
@@ -85,7 +87,7 @@ def test_what_is_submitted_while_a_read_is_verified_is_not_forgotten(name, tmp_p
             assert engine.submit(read(1, 3, 1)) == 1
             done = 0
             while done < 2:
-                assert engine.wait(5), engine.stats()
+                assert engine.wait(PATIENCE_S), engine.stats()
                 done += len(engine.poll())
 
 
@@ -107,7 +109,7 @@ for turn in range(1000):
     wait()
     store.engine.close()
 """
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=PATIENCE_S)
 
 
 @c_engine
@@ -128,7 +130,7 @@ def test_a_file_that_grew_while_a_read_is_verified_gets_its_writes(name, tmp_pat
             assert engine.submit(write(0, 0, 1, id=2)) == 1
             done = 0
             while done < 2:
-                assert engine.wait(5), engine.stats()
+                assert engine.wait(PATIENCE_S), engine.stats()
                 done += len(engine.poll())
 
 
@@ -143,9 +145,9 @@ def test_a_steady_flow_of_reads_lets_writes_through(name, files, tmp_path):
         store.has_stored(4)
         free, done = list(readers), {}
         assert engine.submit(np.concatenate([read(n % 4, n, n % 4) for n in free])) == len(free)
-        assert engine.submit(write(0, 0, 9, id=777, timeout_us=10_000_000)) == 1
-        end, reads = time.monotonic() + 15, 0
-        while 777 not in done and time.monotonic() < end:
+        assert engine.submit(write(0, 0, 9, id=777, timeout_us=FOREVER_US)) == 1
+        reads = 0
+        while 777 not in done and reads < 5000:
             engine.wait(0.1)
             done = {int(one["id"]): int(one["status"]) for one in engine.poll()}
             free = [n for n in done if n != 777]
@@ -170,7 +172,7 @@ def test_what_is_sealed_ahead_of_its_turn_is_right_and_locks_no_slot_when_its_ti
                 assert run_one(engine, copy_out(in_dram[slot][0], slot, generation=generation)) == 0
             plan = {}
             for number, ssd_slot in enumerate(chance.sample(range(40), chance.randrange(1, 20))):
-                plan[number] = chance.choice(list(in_dram)), ssd_slot, chance.choice((0, 300, 1000, 3000, 6000))
+                plan[number] = chance.choice(list(in_dram)), ssd_slot, chance.choice((0, 1, 300, 1000, 3000, 6000))
             statuses = run(
                 engine,
                 *(

@@ -10,9 +10,9 @@ import pytest
 
 from tests.engine.loop_device import call, small_file_system
 from tests.engine.world import C_ENGINES
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
-CLOSE_S = 20.0  # close gives a drive 2 s
 CLOSES = """
 import sys, time
 from pathlib import Path
@@ -50,11 +50,11 @@ def test_close_returns_while_a_drive_does_not_answer(name: str, slot: int, froze
             call("fsfreeze", "-f", frozen_later)
             process.stdin.write("go\n")
             process.stdin.flush()
-            has_answered = bool(select.select([process.stdout], [], [], CLOSE_S)[0])
+            has_answered = bool(select.select([process.stdout], [], [], PATIENCE_S)[0])
             assert has_answered, "close hangs"
             assert process.stdout.readline() == "closed\n"
         finally:
             subprocess.run(["fsfreeze", "-u", str(frozen_later)], capture_output=True)
             process.stdin.close()
             process.stdin = None
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0

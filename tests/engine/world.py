@@ -2,7 +2,6 @@
 
 import errno
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,13 @@ import pytest
 from kvoffload.engine import Engine
 from kvoffload.engine.reference import ReferenceEngine, pack_superblock
 from kvoffload.types import NO_SLOT, OP_DTYPE, EngineOptions, OpFlag, OpKind, Region, SlotFiles
+from tests.patience import PATIENCE_S
 
 FINGERPRINT = bytes(range(16))
 GROUP_REGIONS = ((3000, 5000, 1), (4096,))  # bytes of each group's regions: odd sizes, and one smaller group
 PAYLOAD_BYTES = sum(GROUP_REGIONS[0])
 KV_BLOCKS, DRAM_SLOTS, SSD_SLOTS = 24, 8, 20
 BADMSG, CANCELED, TIMEDOUT = -errno.EBADMSG, -errno.ECANCELED, -errno.ETIMEDOUT
-PATIENCE_S = 30.0
 FOREVER_US = 2**64 - 1
 
 
@@ -141,10 +140,3 @@ def stored(engine: Engine | ReferenceEngine, block: int, dram: int, ssd: int) ->
     """The block lies in this DRAM slot and this SSD slot from now on."""
     assert run_one(engine, copy_out(block, dram)) == 0
     assert run_one(engine, write(block, dram, ssd)) == 0
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)

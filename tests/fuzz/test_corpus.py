@@ -10,6 +10,7 @@ import pytest
 from kvoffload.store.directory import Directory
 from tests.fuzz.build import TARGETS, build_replays
 from tests.fuzz.run import CORPUS, STORE_TARGETS, write_seeds
+from tests.patience import PATIENCE_S
 from tests.sanitizers import FLAGS
 
 
@@ -27,7 +28,8 @@ def replays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_was_found_for_the_engine_keeps_its_promises(name: str, replays: dict[str, Path], tmp_path: Path) -> None:
-    done = subprocess.run([str(replays[name]), *map(str, inputs(name, tmp_path))], capture_output=True, text=True, timeout=120)
+    command = [str(replays[name]), *map(str, inputs(name, tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -7,6 +7,7 @@ is seen. Workers keep the engine's contract (csrc/kvo.h) and refuse what its cal
 import errno
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -218,6 +219,16 @@ class World:
         while self.backlog is not None and sum(len(worker.waiting) for worker in self.workers) > self.backlog:
             self.finish_one()
         self.check()
+
+    def live(self, steps: int, until: Callable[[], bool] = lambda: True) -> None:
+        """So many steps, and with an unlucky seed more, until there is something for the test to look at."""
+        for _ in range(steps):
+            self.step()
+        more = 100_000
+        while not until():
+            self.step()
+            more -= 1
+            assert more, "it never happens"
 
     def _demote(self, demotions: list[Demotion]) -> None:
         self.writes += len(demotions)

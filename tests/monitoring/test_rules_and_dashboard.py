@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from kvoffload.metrics import METRICS
+from tests.patience import PATIENCE_S
 from tools import dashboard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ def program(name: str) -> str:
 
 def promtool(*arguments: object, **more: object) -> subprocess.CompletedProcess:
     command = [program("promtool"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, **more)
 
 
 def dashboard_queries() -> list[str]:

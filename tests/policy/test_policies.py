@@ -1,7 +1,7 @@
 """Every policy against a model: in what order blocks go, and that no call finds one that may not go."""
 
 import pytest
-from hypothesis import HealthCheck, note, settings
+from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
@@ -116,11 +116,7 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.parametrize("name", POLICIES)
 def test_victims_are_those_of_the_model_and_never_held_exempt_or_absent(name):
     machine = type(f"Machine_{name}", (Machine,), {"name": name})
-    checks = [HealthCheck.too_slow]
-    run_state_machine_as_test(
-        machine,
-        settings=settings(max_examples=40, stateful_step_count=50, deadline=None, print_blob=True, suppress_health_check=checks),
-    )
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=50, print_blob=True))
 
 
 @pytest.mark.parametrize("name", POLICIES)

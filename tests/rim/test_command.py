@@ -11,6 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from kvoffload.cli import app
 from kvoffload.cli.serve import VLLM, with_connector
 from kvoffload.config import Config
+from tests.patience import PATIENCE_S
 
 SETTINGS = {"nvme_path": ["/a", "/b"], "ssd_kv_offload_gb": 5.0, "resume_kv_cache": False}
 
@@ -54,6 +55,6 @@ def test_no_option_of_vllm_is_taken_for_one_of_ours(parser):
 def test_the_command_runs_the_installed_vllm_under_any_name_of_its_distribution(tmp_path):
     (tmp_path / "vllm.py").write_text("raise ImportError('the working directory is not where vLLM lies')")
     *command, _ = VLLM
-    done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in (vllm.__version__, vllm.__version__ + "+cpu")

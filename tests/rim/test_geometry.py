@@ -15,6 +15,7 @@ from kvoffload.types import EngineOptions, OpKind, Region
 from kvoffload.vllm import connector
 from kvoffload.vllm.geometry import Geometry, check_regions, device_of, regions
 from kvoffload.worker import block_ops
+from tests.patience import PATIENCE_S
 
 BLOCKS, LAYERS, PAGE = 6, 3, 1000
 
@@ -85,9 +86,9 @@ def test_a_slot_holds_any_groups_block_and_copies_touch_that_block_only(kv_cache
         engine.bind(regions(kv_caches))
         for group in range(groups):
             for kind, block in ((OpKind.COPY_OUT, 1), (OpKind.COPY_IN, 4)):
-                fields = {"generation": 1, "dram_slot": 0, "kv_block": block, "group": group, "timeout_us": 10**7}
+                fields = {"generation": 1, "dram_slot": 0, "kv_block": block, "group": group, "timeout_us": int(PATIENCE_S * 1e6)}
                 assert engine.submit(block_ops(kind, [b"key"], fields)) == 1
-                assert engine.wait(10) and engine.poll()["status"].tolist() == [0]
+                assert engine.wait(PATIENCE_S) and engine.poll()["status"].tolist() == [0]
     for tensor, was in zip(kv_caches.tensors, before, strict=True):
         same = np.array([bool((tensor.tensor[block] == was[block]).all()) for block in range(BLOCKS)])
         assert same.tolist() == [True, True, True, True, False, True]

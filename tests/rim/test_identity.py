@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from functools import partial
 
 import pytest
@@ -13,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from kvoffload.store import Digests, digests
 from kvoffload.types import KEY_BYTES_MAX
 from kvoffload.vllm.identity import LoraSalts, content_digest, model_digest, salted
+from tests.store.helpers import tick
 
 KEY = bytes(range(32)) + (3).to_bytes(4, "big")
 
@@ -146,6 +146,7 @@ def test_blocks_of_an_adapter_whose_files_changed_while_in_use_are_never_found_a
 
 def test_an_adapter_changed_after_vllm_may_have_read_it_and_before_its_first_request_is_not_taken_for_the_new_one(weights):
     salts = LoraSalts()  # vLLM reads adapters when it starts
+    tick(weights.parent)
     retrain(weights)
     salt = salts.of(adapter(weights))
     assert salts.of(adapter(weights)) == salt
@@ -174,7 +175,7 @@ def test_an_adapter_swapped_for_one_whose_files_are_old_is_not_taken_for_what_vl
         name.symlink_to(weights)
     salts = LoraSalts()  # vLLM reads adapters when it starts
     before = salts.of(adapter(name)) if is_used_before else b""
-    time.sleep(0.02)  # a tick of the clock that stamps files
+    tick(weights.parent)
     swap(name, prepared)
     salt = salts.of(adapter(name))
     assert salts.of(adapter(name)) == salt != before

@@ -9,6 +9,7 @@ from kvoffload.config import Config
 from kvoffload.errors import StoreError
 from kvoffload.layout import slot_bytes, slot_offset
 from kvoffload.store import Store
+from tests.patience import PATIENCE_S, wait_until
 
 PAYLOAD = 64 * 1024
 MB = 10**6
@@ -39,7 +40,7 @@ def write_blocks(store: Store, slots: Iterable[int], ranks: int = 2) -> None:
             finally:
                 os.close(fd)
         store.put(key(slot), slot, store.next_generation(), 0)
-    assert store.flush(10)
+    assert store.flush(PATIENCE_S)
 
 
 def used_bytes(path: Path) -> int:
@@ -55,6 +56,19 @@ def slot_file(path: Path, rank: int = 0, ranks: int = 2) -> Path:
 def namespace_of(path: Path) -> Path:
     (found,) = (each for each in (path / "kvoffload").iterdir() if each.is_dir())
     return found
+
+
+def tick(folder: Path) -> None:
+    """Until what is changed from now on gets a later time than what was changed before: the clock that stamps files is coarse."""
+    probe = folder / "tick"
+
+    def stamp() -> int:
+        probe.write_bytes(b"")
+        return probe.stat().st_ctime_ns
+
+    first = stamp()
+    wait_until(lambda: stamp() > first)
+    probe.unlink()
 
 
 def as_other_user(action: Callable[[], object]) -> str:

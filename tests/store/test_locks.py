@@ -12,6 +12,7 @@ from kvoffload.errors import StoreError
 from kvoffload.store import namespace
 from kvoffload.store.directory import Directory
 from kvoffload.store.namespace import Lock
+from tests.patience import PATIENCE_S
 from tests.store.helpers import namespace_of, open_store, slot_file, write_blocks
 
 
@@ -128,7 +129,8 @@ def test_a_slot_file_is_not_shortened_or_replaced_while_a_worker_has_it(tmp_path
     assert file.stat().st_size < size
 
 
-def test_a_worker_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+def test_a_worker_that_is_about_to_end_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespace, "SLOT_FILE_LOCK_SECONDS", PATIENCE_S)
     with open_store(tmp_path) as store:
         write_blocks(store, range(store.slot_count))
     fd = os.open(slot_file(tmp_path), os.O_RDWR)

@@ -12,6 +12,7 @@ import pytest
 
 from kvoffload.errors import StoreError
 from kvoffload.store import Digests
+from tests.patience import PATIENCE_S
 from tests.store.helpers import OTHER_UID, as_other_user, namespace_of, open_store, write_blocks
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -44,7 +45,7 @@ def fill(path: Path) -> None:
     with open_store(path) as store:
         write_blocks(store, range(4))
         store.clear()
-        assert store.flush(10)
+        assert store.flush(PATIENCE_S)
         digests = Digests.load(str(path))
         digests._known["0" * 32] = digests._new["0" * 32] = "1" * 64
         digests.save()

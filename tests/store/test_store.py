@@ -6,17 +6,20 @@ import stat
 import subprocess
 import sys
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import kvoffload.store
 from kvoffload.errors import StoreError
 from kvoffload.layout import JOURNAL_BYTES_PER_SLOT, ssd_slots
 from kvoffload.store import Identity, Store, journal, namespace
 from kvoffload.store.directory import Directory
+from kvoffload.store.opening import CLOSE_SECONDS
 from kvoffload.store.writer import QUEUE_RECORDS, JournalWriter
+from tests.patience import PATIENCE_S
 from tests.store.helpers import MB, PAYLOAD, key, namespace_of, open_store, slot_file, write_blocks
 
 
@@ -68,7 +71,7 @@ def test_a_slot_belongs_to_the_last_block_put_into_it(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         write_blocks(store, [0])
         store.put(b"other", 0, store.next_generation(), 0)
-        assert store.flush(5)
+        assert store.flush(PATIENCE_S)
         assert [entry.key for entry in store.table()] == [b"other"]
         store.delete(key(0), 0)  # of a block already gone: must not free the slot of its successor
     with open_store(tmp_path) as store:
@@ -196,7 +199,7 @@ def test_the_lock_is_free_after_close_and_after_a_failed_open(tmp_path: Path) ->
 
 
 def test_an_engine_that_is_about_to_be_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespace, "NAMESPACE_LOCK_SECONDS", 10.0)
+    monkeypatch.setattr(namespace, "NAMESPACE_LOCK_SECONDS", PATIENCE_S)
     dying = open_store(tmp_path)
     death = threading.Timer(0.3, dying.close)
     death.start()
@@ -226,7 +229,7 @@ def test_the_journal_is_compacted_before_it_outgrows_its_share(tmp_path: Path) -
         bound = journal.size_limit(store.slot_count)
         for _ in range(500):
             store.touch([(key(number), number) for number in range(10)])
-            assert store.flush(5)
+            assert store.flush(PATIENCE_S)
             assert store.stats().journal_bytes <= bound
         assert store.stats().compactions > 1
         assert bound + store.slot_count * journal.RECORD_BYTES <= (
@@ -244,7 +247,7 @@ def test_records_the_format_cannot_hold_are_dropped_and_counted(tmp_path: Path) 
         store.put(b"k", 0, 1, 1 << 16)
         write_blocks(store, [1])
         store.put(b"k" * 40, 1, (1 << 64) - 1, (1 << 16) - 1)
-        assert store.flush(5)
+        assert store.flush(PATIENCE_S)
         assert store.stats().dropped == 4
     with open_store(tmp_path) as store:
         assert [tuple(entry) for entry in store.table()] == [(b"k" * 40, 1, (1 << 64) - 1, (1 << 16) - 1)]
@@ -254,14 +257,14 @@ class Disk:
     """Stands before a directory's `replace` and before syncs; fails or hangs when told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.broken = False
+        self.broken = self.gave_up = False
         self.running = threading.Event()
         self.running.set()
         real = os.write
         monkeypatch.setattr("kvoffload.store.directory.os.write", lambda fd, data: self.write(real, fd, data))
 
     def write(self, real: Callable[[int, memoryview], int], fd: int, data: memoryview) -> int:
-        self.running.wait(30)
+        self.gave_up |= not self.running.wait(PATIENCE_S)
         if self.broken:
             real(fd, data[: len(data) // 2])
             raise OSError(28, "No space left on device")
@@ -301,32 +304,34 @@ def test_a_journal_torn_by_a_full_disk_gives_what_was_before(tmp_path: Path, mon
 def test_a_hanging_disk_never_blocks_the_caller_and_close_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(kvoffload.store, "CLOSE_SECONDS", CLOSE_SECONDS)
     store = open_store(tmp_path)
     disk = Disk(monkeypatch)
     disk.running.clear()
-    start = time.monotonic()
     for _ in range(2 * QUEUE_RECORDS):
         store.put(key(1), 1, 2, 0)
-    assert time.monotonic() - start < 5
     assert store.stats().dropped > 0
     assert caplog.text.count("too slow") == 1
     assert not store.flush(0.1)
-    start = time.monotonic()
     store.close()
-    assert time.monotonic() - start < 4
+    assert not disk.gave_up, "none of this has waited for the disk, which still hangs"
     with pytest.raises(StoreError, match="in use"):
         open_store(tmp_path)  # its thread may still write
     disk.running.set()
-    store._writer._thread.join(20)
+    store._writer._thread.join(PATIENCE_S)
 
 
-def test_ten_thousand_changes_cost_the_scheduler_milliseconds(tmp_path: Path) -> None:
+def test_a_change_costs_the_scheduler_a_few_calls_on_average(tmp_path: Path) -> None:
+    """Six, and some more where the journal's thread must be woken: microseconds on any machine."""
+    events: Counter[str] = Counter()
     with open_store(tmp_path) as store:
-        start = time.thread_time()
+        keys = [key(number) for number in range(100)]
+        sys.setprofile(lambda _frame, event, _argument: events.update((event,)))
         for number in range(10_000):
-            store.put(key(number % 100), number % 100, number, 0)
-        assert time.thread_time() - start < 0.5
-        assert store.flush(10)
+            store.put(keys[number % 100], number % 100, number, 0)
+        sys.setprofile(None)
+        assert 10_000 < events["call"] + events["c_call"] < 30 * 10_000
+        assert store.flush(PATIENCE_S)
 
 
 def test_compaction_at_run_time_keeps_order_and_content(tmp_path: Path) -> None:
@@ -335,9 +340,9 @@ def test_compaction_at_run_time_keeps_order_and_content(tmp_path: Path) -> None:
     for number in range(5000):
         writer.push([journal.Record(journal.Kind.PUT, key(number), number % 8, number, 0)])
     writer.push([journal.Record(journal.Kind.TOUCH, key(4994), 2), journal.Record(journal.Kind.DELETE, key(4996), 4)])
-    assert writer.flush(10)
+    assert writer.flush(PATIENCE_S)
     assert writer.compactions > 1
-    assert writer.close(5)
+    assert writer.close(PATIENCE_S)
     found = journal.load(directory, b"f" * 16, 8)
     assert found is not None and [entry.slot for entry in found.blocks] == [0, 1, 3, 5, 6, 7, 2]
     assert [entry.key for entry in found.blocks] == [key(4992 + entry.slot) for entry in found.blocks]

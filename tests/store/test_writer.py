@@ -13,6 +13,7 @@ from kvoffload.store import journal, writer
 from kvoffload.store.directory import Directory
 from kvoffload.store.journal import Kind, Record
 from kvoffload.store.writer import JournalWriter
+from tests.patience import PATIENCE_S
 from tests.store.helpers import key, namespace_of, open_store, write_blocks
 
 FINGERPRINT = b"f" * 16
@@ -76,7 +77,7 @@ def test_clear_rewrites_the_journal_so_that_no_damage_can_hide_it(tmp_path: Path
         write_blocks(store, range(5))
         store.clear()
         store.put(key(9), 2, store.next_generation(), 0)
-        assert store.flush(5)
+        assert store.flush(PATIENCE_S)
         records = (namespace_of(tmp_path) / "index.journal").read_bytes()[journal.HEADER_BYTES :]
         assert len(records) == journal.RECORD_BYTES
         assert store.stats().compactions == 2  # of an empty store at its start, and of CLEAR
@@ -109,10 +110,10 @@ def test_the_thread_survives_every_failure_and_catches_up(
     broken.set()
     for record in (Record(Kind.CLEAR), PUT, Record(Kind.TOUCH, b"k", PUT.slot)):
         under_test.push([record])
-        assert under_test.flush(5)
+        assert under_test.flush(PATIENCE_S)
     broken.clear()
-    assert under_test.flush(5)
-    assert under_test.close(5)
+    assert under_test.flush(PATIENCE_S)
+    assert under_test.close(PATIENCE_S)
     found = journal.load(directory, FINGERPRINT, 8)
     assert found is not None and [entry.key for entry in found.blocks] == [b"k"]
 
@@ -120,6 +121,6 @@ def test_the_thread_survives_every_failure_and_catches_up(
 def test_a_key_that_is_no_bytes_is_dropped_and_counted(directory: Directory) -> None:
     under_test = JournalWriter(directory, 8, 1, FINGERPRINT)
     under_test.push([PUT._replace(key="text"), PUT])
-    assert under_test.flush(5)
+    assert under_test.flush(PATIENCE_S)
     assert under_test.dropped == 1
-    assert under_test.close(5)
+    assert under_test.close(PATIENCE_S)

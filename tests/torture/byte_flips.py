@@ -21,6 +21,7 @@ from kvoffload.store.journal import HEADER_BYTES as JOURNAL_HEADER_BYTES
 from kvoffload.store.journal import RECORD_BYTES
 from kvoffload.table import Entry
 from kvoffload.types import EngineOptions
+from tests.patience import PATIENCE_S
 from tests.torture.children import Failed, in_child
 from tests.torture.command import run
 from tests.torture.deployment import GROUP_BYTES, PAYLOAD_BYTES, RANKS, Deployment, Rank, Shape
@@ -91,7 +92,7 @@ class Victim:
             assert not load_all(store, entries, "auto")
             store._writer._limit = 0  # so that the next change compacts it
             store.touch([(entries[-1].key, entries[-1].slot)])
-            assert store.flush(10)
+            assert store.flush(PATIENCE_S)
             return list(store.table())
 
     def files(self, name: str) -> list[Path]:

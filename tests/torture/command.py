@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
 from tests.torture.children import Failed
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def run_short(module: str, unit: str, count: int, seed: int, folder: Path) -> di
     """What the torture counted, run in a process of its own: it forks and so must have no threads. AssertionError if it failed."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.torture.{module}", f"--{unit}", str(count), "--seed", str(seed), "--folder", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from kvoffload.table import Entry
+from tests.patience import PATIENCE_S, wait_until
 from tests.torture.children import Failed, LastWords, in_child
 from tests.torture.command import run
 from tests.torture.deployment import SLOTS_LEAST, SLOTS_MOST, Deployment, Shape
@@ -31,7 +32,6 @@ from tests.torture.notes import OPEN, RUNNING, Notes, prefix_that_gives
 
 BACKENDS = ("auto", "threads")
 KILLS_SHORT = 40
-PATIENCE_S = 60.0
 
 
 class Chain:
@@ -70,14 +70,14 @@ class Chain:
         return self.last_written.get(entry.slot, entry.generation) != entry.generation
 
     def _kill(self, pid: int, notes: Notes) -> None:
-        """At an instant of its opening or of its work."""
+        """At an instant of its opening or of its work; of that some after a part of it is on disk, however slow the machine is."""
         rng = self.rng
         if rng.random() < 0.3:
             time.sleep(rng.uniform(0, 0.03))
         else:
-            end = time.monotonic() + PATIENCE_S
-            while notes.stage < RUNNING and not notes.failure and time.monotonic() < end:
-                time.sleep(0.001)
+            wait_until(lambda: notes.stage == RUNNING or notes.failure)
+            if rng.random() < 0.5:
+                wait_until(lambda: notes.flushed > 0 or notes.failure)
             time.sleep(rng.uniform(0, rng.choice((0.02, 0.1, 0.3))))
         self.counts["killed while " + ("opening", "opening", "running")[notes.stage]] += 1
         os.kill(pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ from kvoffload.store import Store
 from kvoffload.store.journal import Kind
 from kvoffload.table import Entry
 from kvoffload.types import KEY_BYTES_MAX, BlockKey
+from tests.patience import PATIENCE_S
 
 # Stages of a life.
 OPENING, OPEN, RUNNING = 0, 1, 2
@@ -147,7 +148,7 @@ class NotedStore:
 
     def flush(self) -> None:
         target = self._notes.pushed
-        if self._store.flush(10):
+        if self._store.flush(PATIENCE_S):
             self._notes.flushed = target
 
 

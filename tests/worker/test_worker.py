@@ -266,7 +266,7 @@ def test_a_load_that_waits_behind_another_is_not_held_against_a_drive_that_answe
     worker.load(1, block_list(3, [NO_SLOT] * 3, [0, 1, 2], [0, 1, 2]))
     first, engine.ids = engine.ids, []
     impatient = block_list(1, [NO_SLOT], [3], [3])
-    worker.load(2, replace(impatient, transfer=TRANSFER + 1, patience_s=0.5))
+    worker.load(2, replace(impatient, transfer=TRANSFER + 1, patience_s=2.5))
     engine.ended = dict.fromkeys(first[: 2 * answered], 0)
     worker.poll()
     engine.ended = {engine.ids[0]: errno.ETIMEDOUT, engine.ids[1]: errno.ECANCELED}
@@ -289,7 +289,7 @@ def test_a_load_that_finds_no_memory_while_others_wait_for_the_gpu_is_not_held_a
     worker.poll()
     engine.ids = []
     impatient = block_list(1, [NO_SLOT], [3], [3])
-    worker.load(2, replace(impatient, transfer=TRANSFER + 1, patience_s=0.25))
+    worker.load(2, replace(impatient, transfer=TRANSFER + 1, patience_s=2.5))
     engine.ended = {engine.ids[0]: errno.ETIMEDOUT, engine.ids[1]: errno.ECANCELED}
     worker.poll()
     assert worker.take_report().failed == {TRANSFER + 1: {key(0): error}}
