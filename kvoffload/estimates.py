@@ -209,23 +209,24 @@ class Estimates:
         if whole is None:
             return self._learn(now, computed, parts, loads[-1])
         self._usual_s += (1 - FORGETTING) * (whole - self._usual_s)
+        may_probe_tiers, rest = whole >= self._usual_s, max(1, total - ends[-1])
         times = [load + (self._recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
         suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
         if suspect is not None:
-            if whole >= self._usual_s:
+            if may_probe_tiers:
                 return self._probe_tier(now, ends[suspect], parts[suspect], loads[suspect], whole)
             best = suspect
         for part in parts[:best]:
             self._probing.pop(part.tier, None)
         if best < len(parts):
-            if self._doubts(total, parts, loads[-1], times[best]):
-                if self._may_probe(now, Prefill.size(max(1, total - ends[-1]))):
+            if self._doubts(rest, parts, loads[-1], times[best]):
+                if self._may_probe(now, Prefill.size(rest)):
                     return Decision(ends[-1], Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, PATIENCE * loads[-1]))
-            elif whole >= self._usual_s and self._may_probe(now, parts[best].tier):
+            elif may_probe_tiers and self._may_probe(now, parts[best].tier):
                 return self._probe_tier(now, ends[best], parts[best], loads[best], whole)
         else:
-            self._probing.pop(Prefill.size(max(1, total - ends[-1])), None)
+            self._probing.pop(Prefill.size(rest), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
         saved_s = whole - (self._recompute_s(total, ends[best]) or 0.0)
         if any(self._load[part.tier].is_new for part in parts[:best]):
@@ -234,11 +235,11 @@ class Estimates:
         patience_s = min(max(SHORTEST_S, saved_s), max(PATIENCE_MIN_S, patience * loads[best]))
         return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
 
-    def _doubts(self, total: int, parts: Sequence[Part], load_s: float, best_s: float) -> bool:
-        """Only what was seen of computing the rest speaks against loading everything, not that a tier is or may be slow."""
+    def _doubts(self, rest: int, parts: Sequence[Part], load_s: float, best_s: float) -> bool:
+        """Only what was seen of computing the rest speaks against loading all parts, not that a tier is or may be slow."""
         if any(part.tier in self._suspects or part.tier in self._probing for part in parts):
             return False
-        return load_s + self.prefill.least(max(1, total - parts[-1].end), parts[-1].end) < best_s
+        return load_s + self.prefill.least(rest, parts[-1].end) < best_s
 
     def _probe_tier(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
         """Loads a little of a tier that is too slow. `load_s`: for what comes before it. Only of prompts that take as

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from vllm_process import VllmProcess
 
-from tests.e2e.offload import BLOCK, PROMPT, ask, ask_one, settle
+from tests.e2e.offload import BLOCK, LOAD, PROMPT, ask, ask_one, settle
 from tests.engine.faulty import FaultPlan, environment
 from tests.patience import wait_until
 
@@ -47,13 +47,13 @@ class Life:
     def failures(self, direction: str, reason: str) -> float:
         return self.engine.metrics().sum("kvoffload_transfer_failures_total", direction=direction, reason=reason)
 
-    def wait_until_loads_come_back(self) -> None:
+    def wait_until_loads_come_back(self, wish: dict | None = LOAD) -> None:
         """What was damaged or forgotten is stored anew, and pauses end by themselves."""
 
         def is_loaded() -> bool:
-            if ask_one(self.engine, self.asked[0])[1]["disk"] == PROMPT:
+            if ask_one(self.engine, self.asked[0], wish=wish)[1]["disk"] == PROMPT:
                 return True
-            assert ask(self.engine, self.asked) == self.want
+            assert ask(self.engine, self.asked, wish=wish) == self.want
             return False
 
         wait_until(is_loaded, pause_s=0.5)

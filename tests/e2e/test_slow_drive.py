@@ -6,10 +6,9 @@ import pytest
 
 from benchmarks import bench_load_or_recompute as bench
 from benchmarks import load_or_recompute_report as report
-from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, ask_one
+from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask_one
 from tests.e2e.test_drive_faults import Life
 from tests.engine.faulty import FaultPlan
-from tests.patience import wait_until
 
 SLOWER = 5  # to load a prompt takes as many times as long as to compute it takes on this machine, now
 
@@ -46,14 +45,7 @@ def test_a_prompt_is_computed_while_its_drive_is_slow_and_loaded_when_it_is_fast
     assert metrics.sum("kvoffload_prefill_tokens_per_second") > 0
 
     plan.heal()
-
-    def is_loaded() -> bool:
-        if ask_one(life.engine, life.asked[0], wish=None)[1]["disk"] == PROMPT:
-            return True
-        assert ask(life.engine, life.asked[1:], wish=None) == life.want[1:]
-        return False
-
-    wait_until(is_loaded)
+    life.wait_until_loads_come_back(wish=None)
 
 
 def test_a_request_that_wants_its_prompt_computed_gets_it_computed(serve, baseline, prompts, tmp_path, plan):

@@ -273,11 +273,10 @@ def test_with_any_admission_loads_are_right_and_writes_stay_within_the_budget(ti
             assert world.writes <= (budget.burst / 2 + budget.rate * world.now) * (1 + SLACK)
             assert budget.left() >= len(world.manager._index.dirty)
 
-    for _ in range(400):
-        step()
-    while world.delivered == 0 or sum(world.written.values()) == 0:  # with an unlucky seed
-        step()
-    while budget is not None and fault_rate and refusals(world).get("budget", 0) == 0:  # without faults it is enough for some seeds
-        step()
+    def has_happened() -> bool:
+        is_enough = budget is None or not fault_rate  # without faults it is for some seeds
+        return world.delivered > 0 and sum(world.written.values()) > 0 and (is_enough or refusals(world).get("budget", 0) > 0)
+
+    world.live(400, until=has_happened, step=step)
     world.drain()
     world.check()

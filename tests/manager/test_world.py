@@ -43,13 +43,17 @@ def test_every_load_delivers_the_bytes_that_were_stored(seed, shape, ranks, faul
 @pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
 def test_drives_that_fail_stall_fill_up_lose_writes_and_come_back_cost_no_wrong_byte(seed, shape, ranks, fault_rate):
     world = World(seed, ranks, drives=3, backlog=20, fault_rate=fault_rate, **shape)
-    for number in itertools.count():
-        has_opened = any(name == "kvoffload_drive_openings_total" for name, *_ in world.manager.counters)
-        if number >= 2 * STEPS and has_opened and world.delivered > 5:
-            break
-        if number % 10 == 0:
+    numbers = itertools.count()
+
+    def step() -> None:
+        if next(numbers) % 10 == 0:
             world.set_mood(world.rng.randrange(3), world.rng.choice(list(Mood)))
         world.step()
+
+    def has_opened() -> bool:
+        return any(name == "kvoffload_drive_openings_total" for name, *_ in world.manager.counters)
+
+    world.live(2 * STEPS, until=lambda: has_opened() and world.delivered > 5, step=step)
     for drive in range(3):
         world.set_mood(drive, Mood.WELL)
     world.fault_rate = 0.0

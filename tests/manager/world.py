@@ -220,13 +220,15 @@ class World:
             self.finish_one()
         self.check()
 
-    def live(self, steps: int, until: Callable[[], bool] = lambda: True) -> None:
-        """So many steps, and with an unlucky seed more, until there is something for the test to look at."""
+    def live(self, steps: int, until: Callable[[], bool] = lambda: True, step: Callable[[], None] | None = None) -> None:
+        """So many steps, and with an unlucky seed more, until there is something for the test to look at. `step`: what is done
+        in place of a step alone."""
+        step = step or self.step
         for _ in range(steps):
-            self.step()
+            step()
         more = 100_000
         while not until():
-            self.step()
+            step()
             more -= 1
             assert more, "it never happens"
 
