@@ -90,7 +90,7 @@ def measure(folder: Path, blocks: int, rounds: int) -> dict[str, object]:
     with opened(folder, blocks) as store:
         opened_at = time.perf_counter()
         table = store.table()
-        manager = BlockManager(DRAM_SLOTS, store.slot_count, 1, store, recovered=table)
+        manager = BlockManager(DRAM_SLOTS, store.slot_count, 1, store, block_bytes=slot_bytes(PAYLOAD), recovered=table)
         recovered_at = time.perf_counter()
         held = table.keys[len(table) // 2 :]  # the older half is evicted meanwhile
         del table

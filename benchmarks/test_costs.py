@@ -6,6 +6,7 @@
 import pytest
 
 from kvoffload.config import Config
+from kvoffload.layout import slot_bytes
 from kvoffload.manager import BlockManager
 from kvoffload.store import Store
 
@@ -23,7 +24,7 @@ def store(tmp_path):
 
 def filled(store: Store) -> BlockManager:
     """Every block in DRAM and on SSD."""
-    manager = BlockManager(BLOCKS, store.slot_count, 1, store)
+    manager = BlockManager(BLOCKS, store.slot_count, 1, store, block_bytes=slot_bytes(PAYLOAD))
     manager.store([(key, 0) for key in KEYS], "request")
     manager.store_done(KEYS)
     while demotions := manager.plan():

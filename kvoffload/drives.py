@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 ERRORS_MAX = 3  # failed reads in a row that are the drive's fault; of fewer each is its sector's
 DAMAGED_MAX = 64  # the same of reads that brought wrong bytes: each says little about anything but its block
-QUIET_S = 30.0  # without an answer to its demotions, after which an idle engine no longer waits for a drive
+# An idle engine steps for a drive that takes so many bytes a second, and that is silent for no longer than this: while it steps,
+# vLLM's processes ask one another for work without pause, which takes processors from whoever else wants them.
+BRISK = 100e6
+QUIET_S = 1.0
 FULL_S = 60.0  # before a full drive is asked for room once more
 NOT_ASKED = (errno.ECANCELED, errno.EREMOTEIO)  # the drive was not asked, or the GPU failed
 
@@ -37,7 +40,7 @@ class Drive:
         self.loads = self.demotions = 0  # in flight, in blocks
         self.trial: set[BlockKey] = set()  # what lookups of this step promised while reads are half-open
         self.trial_max = 1  # blocks of a trial
-        self.heard_at = 0.0  # when a demotion ended, or the first began
+        self.awaited_until = 0.0  # by an idle engine, if demotions are in flight
         self.errors = self.damaged = 0  # since the last good read
         self.full_until = 0.0
         # DRAM slots that late operations may still use, so that they must not be filled again until the drive answers another:
@@ -108,13 +111,14 @@ class Drive:
 
 
 class Drives:
-    """`names`: of the drives, for people. `demotions_max`: in flight on all drives together; each gets its share, so that
-    one that hangs does not hold all of them."""
+    """`names`: of the drives, for people. `block_bytes`: of a slot, on all ranks. `demotions_max`: in flight on all drives
+    together; each gets its share, so that one that hangs does not hold all of them."""
 
     def __init__(
         self,
         names: Sequence[str],
         slot_count: int,
+        block_bytes: int,
         demotions_max: int,
         clock: Callable[[], float],
         policy: Callable[[int], EvictionPolicy],
@@ -124,6 +128,7 @@ class Drives:
         self._clock, self._counters = clock, counters
         self._drives = [Drive(i, name, range(i, slot_count, count), clock, policy) for i, name in enumerate(names)]
         self._demotions_max = max(1, demotions_max // count)
+        self._brisk_s = block_bytes / BRISK
         self._turn = 0
         self.all_well = self.writing = True  # see _look
         self._look()
@@ -158,8 +163,10 @@ class Drives:
         )
 
     def answering(self) -> bool:
-        """Whether demotions are in flight on a drive that ended others not long ago."""
-        return any(drive.demotions and self._clock() - drive.heard_at < QUIET_S for drive in self._drives)
+        """Whether demotions are in flight on a drive that is worth an idle engine's steps: QUIET_S at first, and for each block
+        that it takes as long as a brisk drive needs for one, but never longer ahead than QUIET_S."""
+        now = self._clock()
+        return any(drive.demotions and now < drive.awaited_until for drive in self._drives)
 
     def states(self) -> Iterator[tuple[tuple[str, str], BreakerState]]:
         """By drive and direction."""
@@ -171,7 +178,7 @@ class Drives:
 
     def begin_demotion(self, drive: Drive) -> None:
         if drive.demotions == 0:
-            drive.heard_at = self._clock()
+            drive.awaited_until = self._clock() + QUIET_S
         drive.demotions += 1
         drive.writes.begin()
         self._turn = (drive.number + 1) % len(self._drives)
@@ -183,7 +190,8 @@ class Drives:
         hold the block.
         """
         drive.demotions -= 1
-        drive.heard_at = self._clock()
+        now = self._clock()
+        drive.awaited_until = min(max(drive.awaited_until, now) + self._brisk_s, now + QUIET_S)
         if error == errno.EBADMSG or error in NOT_ASKED or not drive.writes.counts:
             return False
         if error == errno.ENOSPC:

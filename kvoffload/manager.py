@@ -64,6 +64,7 @@ class BlockManager:
         ranks: int,
         journal: Journal,
         *,
+        block_bytes: int,
         dram_is_tier: bool = True,
         drives: Sequence[str] = ("0",),
         recovered: BlockTable = NO_BLOCKS,
@@ -71,14 +72,14 @@ class BlockManager:
         admission: Admission | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`dram_is_tier` False: DRAM slots only carry blocks to the SSD. `drives`: those that SSD slots are striped over, as
-        they are called in the log. `recovered`: what is on SSD. `policy`: makes one for so many blocks, for the SSD tier, or
-        for DRAM where there is none. `admission`: None writes every block to the SSD."""
+        """`block_bytes`: of a slot, on all ranks. `dram_is_tier` False: DRAM slots only carry blocks to the SSD. `drives`: those
+        that SSD slots are striped over, as they are called in the log. `recovered`: what is on SSD. `policy`: makes one for so
+        many blocks, for the SSD tier, or for DRAM where there is none. `admission`: None writes every block to the SSD."""
         self.ranks = ranks
         self.dram_is_tier = dram_is_tier
         self._journal = journal
         self.counters: Counter[tuple[str, ...]] = Counter()
-        self._drives = Drives(drives, ssd_slots, min(DEMOTIONS_MAX, dram_slots), clock, policy, self.counters)
+        self._drives = Drives(drives, ssd_slots, block_bytes, min(DEMOTIONS_MAX, dram_slots), clock, policy, self.counters)
         self._ssd_slots = ssd_slots
         self._admission = admission or Admission(AdmitAll(), None, 0)
         self._selective = self._admission.selective and ssd_slots > 0
@@ -90,6 +91,7 @@ class BlockManager:
         # By owner and key, with the drive (None: from DRAM) and how many loads from it had been late when this one began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
         self._demotions = Demotions(ranks)
+        self._presumed = 0  # demotions up to this number were presumed to end well
         self._index.recover(recovered)
 
     # -- questions ---------------------------------------------------------------------------------------------
@@ -125,8 +127,16 @@ class BlockManager:
 
     def pending(self) -> bool:
         """Whether there is background work that needs further steps now. An idle engine steps a thousand times a second,
-        so neither for a drive that hangs nor through long pauses: the next request's steps go on with it."""
+        so neither for a drive that hangs or is slow nor through long pauses: the next request's steps go on with it."""
         return self._drives.answering() or bool(self._index.dirty) and self._drives.writes_soon()
+
+    def presume_written(self) -> None:
+        """The engine goes idle, or ends, before it hears how the demotions in flight end. Most will end well, and slots prove
+        what they hold: so the journal names them already. One that was not written is a miss when it is read in the next life."""
+        for block in self._demotions.since(self._presumed):
+            if not block.gone and self._drives.of(block.ssd_slot).writes.closed:
+                self._journal.put(block.key, block.ssd_slot, block.generation, block.group)
+        self._presumed = self._demotions.next
 
     def usage(self) -> dict[Tier, tuple[int, int]]:
         """Slots used and slots there are, by tier."""
@@ -377,10 +387,11 @@ class BlockManager:
 
     def _demotion_failed(self, block: Block, drive: Drive, error: int) -> None:
         self.counters["kvoffload_demotion_failures_total", errno.errorcode.get(error, str(error))] += 1
-        drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
-        block.ssd, block.ssd_slot = ABSENT, NO_SLOT
         if not block.gone:
             drive.policy.leave(block.key)
+            self._journal.delete(block.key, block.ssd_slot)  # it may have been presumed to be there
+        drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
+        block.ssd, block.ssd_slot = ABSENT, NO_SLOT
         if error == errno.EBADMSG:
             if block.late:  # the engine has a spare piece of memory for its slot
                 drive.late_blocks.remove(block)

@@ -45,7 +45,7 @@ class Replay:
         self._now = 0.0  # seconds of the trace
         slots = dram_slots + ssd_slots
         self._manager = BlockManager(
-            dram_slots or BOUNCE_SLOTS, ssd_slots, 1, NoJournal(), dram_is_tier=dram_slots > 0, policy=policy,
+            dram_slots or BOUNCE_SLOTS, ssd_slots, 1, NoJournal(), block_bytes=0, dram_is_tier=dram_slots > 0, policy=policy,
             admission=admission.chosen(ssd_admission, ssd_blocks_per_day, 1, slots, lambda: self._now),
             clock=lambda: self._now,
         )  # fmt: skip

@@ -108,7 +108,7 @@ class ManagerAdapter(OffloadingManager):
         self._reported: dict[tuple[str, ...], float] = {}
         # Of transfers since they were exported last, by direction; the latest, for vLLM may never ask (--disable-log-stats).
         self._latencies: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=OBSERVATIONS_MAX))
-        self._core = BlockManager(0, 0, 1, NoJournal())
+        self._core = BlockManager(0, 0, 1, NoJournal(), block_bytes=0)
         self._decisions = Decisions(self._core.counters, 0)
         self._block_bytes = 0
         self._today = WrittenToday(time.time())
@@ -142,8 +142,8 @@ class ManagerAdapter(OffloadingManager):
         self._admission = admission.chosen(settings.ssd_admission, budget, self._block_bytes, slots, time.monotonic)
         self._core = BlockManager(
             dram.slots, ssd_slots, ranks, journal,
-            dram_is_tier=dram.is_tier, drives=[f"{i} ({folder})" for i, folder in enumerate(folders)], recovered=recovered,
-            admission=self._admission,
+            block_bytes=self._block_bytes, dram_is_tier=dram.is_tier, recovered=recovered, admission=self._admission,
+            drives=[f"{i} ({folder})" for i, folder in enumerate(folders)],
         )  # fmt: skip
         self._decisions = Decisions(self._core.counters, slot)
         logger.info(
@@ -321,7 +321,11 @@ class ManagerAdapter(OffloadingManager):
         self._core.end_step()
 
     def has_pending_work(self) -> bool:
-        return self._core.pending() or bool(self._attach)
+        """Asked when no request is left; vLLM does not ask again, nor step, until the next one if there is none."""
+        if self._attach or self._core.pending():
+            return True
+        self._core.presume_written()
+        return False
 
     def reset_cache(self) -> None:
         """vLLM calls this when what it cached is void, after new weights for one. What is computed from now on may
@@ -336,6 +340,7 @@ class ManagerAdapter(OffloadingManager):
 
     def shutdown(self) -> None:
         if self._store is not None:
+            self._core.presume_written()
             self._store.close()
 
     def fail_overwritten(

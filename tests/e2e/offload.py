@@ -1,6 +1,8 @@
 """vLLM with kvoffload over a KV pool that holds one prompt, and what the tests ask about it."""
 
-from vllm_process import Answer, VllmProcess
+from collections.abc import Callable
+
+from vllm_process import Answer, Metrics, VllmProcess
 
 from kvoffload.vllm import window
 from tests.patience import wait_until
@@ -40,9 +42,24 @@ def loaded(engine: VllmProcess) -> dict[str, float]:
 
 def settle(engine: VllmProcess) -> None:
     """Waits until every stored block is on SSD."""
+    wait_until_written(engine, lambda metrics: metrics.sum("kvoffload_stored_blocks_total"))
 
-    def is_settled() -> bool:
+
+def wait_until_written(engine: VllmProcess, blocks: Callable[[Metrics], float]) -> None:
+    """Waits until at least so many are on SSD, and one. An engine that has been idle for some time does not step for a slow drive,
+    which this machine's is now and then, so it is asked something each second."""
+    checks = 0
+
+    def is_written() -> bool:
+        nonlocal checks
+        checks += 1
+        if checks % 10 == 0:
+            engine.generate([[3, 4, 5]], 1)
         metrics = engine.metrics()
-        return metrics.sum("kvoffload_demotions_total") >= metrics.sum("kvoffload_stored_blocks_total") > 0
+        return metrics.sum("kvoffload_demotions_total") >= max(1, blocks(metrics))
 
-    wait_until(is_settled, pause_s=0.1)
+    try:
+        wait_until(is_written, pause_s=0.1)
+    except AssertionError:
+        counted = [sample for sample in engine.metrics().samples if sample[0].startswith("kvoffload_") and sample[2]]
+        raise AssertionError(f"not all that was stored is on SSD: {counted}\n{engine.log_text()[-3000:]}") from None

@@ -3,9 +3,8 @@
 import time
 
 from kvoffload.layout import slot_bytes
-from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask
+from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask, wait_until_written
 from tests.e2e.test_caps import PAYLOAD
-from tests.patience import wait_until
 
 
 def test_writes_stay_within_a_budget_of_a_few_prompts_and_used_blocks_come_first(serve, baseline, prompts, tmp_path):
@@ -19,7 +18,7 @@ def test_writes_stay_within_a_budget_of_a_few_prompts_and_used_blocks_come_first
     begun, day = time.monotonic(), time.gmtime().tm_yday
     engine = serve("llama", settings | {"ssd_write_gb_per_day": 24 * burst * slot / 1e9})
     assert ask(engine, asked + again) == want
-    wait_until(lambda: engine.metrics().sum("kvoffload_demotions_total") >= blocks, pause_s=0.1)
+    wait_until_written(engine, lambda metrics: blocks)
     metrics = engine.metrics()
     written = metrics.sum("kvoffload_demotions_total")
     given = burst / 2 + burst * (time.monotonic() - begun) / 3600

@@ -3,7 +3,7 @@
 from kvoffload.admission import Admission, AdmitAll, Budget
 from kvoffload.manager import BlockManager
 from kvoffload.types import Tier
-from tests.manager.world import MemoryJournal
+from tests.manager.world import BLOCK_BYTES, MemoryJournal
 
 
 def prefix(name: str, length: int) -> list[bytes]:
@@ -22,8 +22,9 @@ class Books:
         spent = Budget(budget, 1, lambda: self.now) if budget else None
         self.admission = Admission(policy or AdmitAll(), spent, 4 * (dram + ssd))
         self.manager = BlockManager(
-            dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, admission=self.admission, clock=lambda: self.now
-        )
+            dram, ssd, ranks, self.journal, block_bytes=BLOCK_BYTES, dram_is_tier=tier, drives=names,
+            admission=self.admission, clock=lambda: self.now,
+        )  # fmt: skip
 
     def store(self, blocks: list[bytes], owner: str = "w") -> list[bytes]:
         placed = self.manager.store([(key, 0) for key in blocks], owner, places(blocks)).placements

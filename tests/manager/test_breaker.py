@@ -8,10 +8,11 @@ import pytest
 
 from kvoffload import drives as drives_module
 from kvoffload.breaker import PAUSE_MAX_S, PAUSE_MIN_S, Breaker, BreakerState
-from kvoffload.drives import DAMAGED_MAX, ERRORS_MAX, QUIET_S, Drives
+from kvoffload.drives import BRISK, DAMAGED_MAX, ERRORS_MAX, QUIET_S, Drives
 from kvoffload.policy import LRU
 
 DEMOTIONS = 8
+BLOCK_BYTES = 1 << 20
 
 
 class Clock:
@@ -28,7 +29,7 @@ def clock():
 
 @pytest.fixture
 def drives(clock):
-    return Drives(["0 (/a)", "1 (/b)"], 20, DEMOTIONS, clock, LRU, Counter())
+    return Drives(["0 (/a)", "1 (/b)"], 20, BLOCK_BYTES, DEMOTIONS, clock, LRU, Counter())
 
 
 def read(drive, drives, error=0):
@@ -213,10 +214,36 @@ def test_an_idle_engine_waits_for_drives_that_answer_only(drives, clock):
     assert drives.answering()
 
 
+@pytest.mark.parametrize(("speed", "blocks"), [(2 * BRISK, 1000), (BRISK / 2, 95), (BRISK / 100, 0)])
+def test_an_idle_engine_waits_for_as_long_as_a_drive_is_brisk(drives, clock, speed, blocks):
+    first, _ = drives
+    drives.begin_demotion(first)
+    ended = 0
+    while ended < 1000:
+        clock.now += BLOCK_BYTES / speed
+        if not drives.answering():
+            break
+        drives.begin_demotion(first)
+        drives.end_demotion(first, 0)
+        ended += 1
+    assert abs(ended - blocks) <= 2, "a drive of half the speed uses up its second in two"
+
+
+def test_an_idle_engine_waits_no_longer_for_a_drive_that_was_fast_before(drives, clock):
+    first, _ = drives
+    drives.begin_demotion(first)
+    for _ in range(1000):
+        clock.now += 0.0001
+        drives.begin_demotion(first)
+        drives.end_demotion(first, 0)
+    clock.now += QUIET_S
+    assert not drives.answering()
+
+
 def test_a_drives_failure_is_said_once_and_counted_each_time(clock, monkeypatch):
     counters, texts = Counter(), []
     monkeypatch.setattr(drives_module.logger, "warning", lambda text, *values: texts.append(text % values))
-    drives = Drives(["0 (/a)", "1 (/b)"], 20, DEMOTIONS, clock, LRU, counters)
+    drives = Drives(["0 (/a)", "1 (/b)"], 20, BLOCK_BYTES, DEMOTIONS, clock, LRU, counters)
     _, second = drives
     for _ in range(20):
         read(second, drives, errno.ETIMEDOUT)

@@ -16,6 +16,8 @@ from kvoffload.blocks import READY, Placement
 from kvoffload.manager import BlockManager
 from kvoffload.types import LATE, NO_SLOT, BlockKey, Demotion, add_errors
 
+BLOCK_BYTES = 1 << 20
+
 
 class MemoryJournal:
     """What the store would recover after a kill -9 right now."""
@@ -29,7 +31,8 @@ class MemoryJournal:
         self.blocks[key] = (slot, generation, group)
 
     def delete(self, key, slot):
-        assert self.blocks.pop(key)[0] == slot
+        if self.blocks.get(key, (None,))[0] == slot:
+            del self.blocks[key]
 
     def touch(self, blocks):
         for key, slot in blocks:
@@ -178,8 +181,9 @@ class World:
         spent = Budget(budget, 1, lambda: self.now) if budget else None  # in blocks per day
         self.admission = Admission(policy or AdmitAll(), spent, 4 * (dram + ssd))
         self.manager = BlockManager(
-            dram, ssd, ranks, self.journal, dram_is_tier=tier, drives=names, admission=self.admission, clock=lambda: self.now
-        )
+            dram, ssd, ranks, self.journal, block_bytes=BLOCK_BYTES, dram_is_tier=tier, drives=names,
+            admission=self.admission, clock=lambda: self.now,
+        )  # fmt: skip
         self.moods = [Mood.WELL] * drives
         self.moody = False
         self.backlog = backlog
@@ -211,6 +215,8 @@ class World:
             stores.append((f"r{self._names}", self._request(f"r{self._names}")))
         self.manager.end_step()
         self._demote(self.manager.plan())
+        if self.rng.random() < 0.1:
+            self.manager.presume_written()
         for name, keys in stores:
             self._store(name, keys)
         self.check()
@@ -246,11 +252,14 @@ class World:
         self.moods[drive] = mood
 
     def check(self) -> None:
-        """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else."""
+        """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else, but what is on its
+        way there and was presumed to arrive."""
         self.manager.check()
         on_ssd = {key: block.ssd_slot for key, block in self.manager._index.blocks.items() if block.ssd is READY}
         on_ssd.update(self.manager._cold.items())
-        assert {key: slot for key, (slot, *_) in self.journal.blocks.items()} == on_ssd
+        found = {key: slot for key, (slot, *_) in self.journal.blocks.items()}
+        moving_in = {block.key: block.ssd_slot for block in self.manager._demotions.blocks() if not block.gone}
+        assert {key: slot for key, slot in found.items() if moving_in.get(key) != slot} == on_ssd
 
     def _request(self, name: str) -> list[BlockKey]:
         keys = self.rng.choice(self._prefixes)

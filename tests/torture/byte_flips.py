@@ -81,7 +81,7 @@ class Victim:
         deployment = Deployment(self.shape, Notes(), self.rng, "auto", [])
         while len(deployment.store.table()) < 8:
             deployment.step()
-        while deployment.jobs or deployment.manager.pending():
+        while deployment.jobs or any(deployment.manager.queues().values()):
             deployment.work()
         deployment.close()
 
