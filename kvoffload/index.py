@@ -16,6 +16,8 @@ from kvoffload.slots import SlotPool
 from kvoffload.table import BlockTable
 from kvoffload.types import NO_SLOT, BlockKey, Tier
 
+DRAM_EVICTIONS, SSD_EVICTIONS = (("kvoffload_evictions_total", str(tier)) for tier in Tier)
+
 
 class Index:
     def __init__(
@@ -186,7 +188,7 @@ class Index:
         block = self.blocks[key]
         slot = block.dram_slot
         block.dram, block.dram_slot = ABSENT, NO_SLOT
-        self._counters["kvoffload_evictions_total", Tier.DRAM.value] += 1
+        self._counters[DRAM_EVICTIONS] += 1
         if block.ssd is ABSENT:
             self.forget(block)
         else:
@@ -204,7 +206,7 @@ class Index:
         key = next((key for key in victims if key is not None), None)
         if key is None:  # a full drive that has nothing of ours to give up may have room by now
             return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
-        self._counters["kvoffload_evictions_total", Tier.SSD.value] += 1
+        self._counters[SSD_EVICTIONS] += 1
         block = self.blocks.get(key)
         if block is None:
             slot, uses = self.cold.drop(key)

@@ -98,7 +98,10 @@ class BlockManager:
 
     def lookup(self, key: BlockKey) -> Tier | None:
         """The nearest tier the block can be loaded from. The answer stays true until `end_step`."""
-        tier = self.tier(key)
+        if self._drives.all_well and key not in self._index.blocks:  # so are most, and a request asks for thousands
+            tier = None if self._cold.slot(key) is None else SSD
+        else:
+            tier = self.tier(key)
         if tier is not None:
             self._index.promised.add(key)
             if tier is SSD and not self._drives.all_well:
@@ -245,14 +248,14 @@ class BlockManager:
         """
         unsaved = Unsaved(own, self._index.blocks)
         self._use([key for key, _ in keys], owner)
-        placements: list[Placement] = []
+        blocks: list[Block] = []
         missing = {key: group for key, group in keys if not self._holds(key)}
         useless = not self.dram_is_tier and not self._drives.take_stores()  # bounce slots would only fill up
         for key, group in missing.items() if not useless else ():
             slot = self._index.take_dram_slot(unsaved)
             if slot == NO_SLOT:
                 break
-            former = self._index.block(key)
+            former = None if self._drives.all_well else self._index.block(key)  # see _holds
             if former is not None:
                 self._index.forget_and_settle(former)
             block = Block(key, group, self._journal.next_generation(), 0, own.get(key, 0))
@@ -260,14 +263,13 @@ class BlockManager:
             if self._admission.ghosts is not None:
                 block.uses += self._admission.ghosts.come(key)
             self._index.blocks[key] = self._stores[key] = block
-            placements.append(Placement(key, block.generation, slot, NO_SLOT))
-        for placement in reversed(placements):  # the head of a prefix is the last to leave
-            block = self._index.blocks[placement.key]
+            blocks.append(block)
+        for block in reversed(blocks):  # the head of a prefix is the last to leave
             block.used = self._index.tick()
             self._index.dram_policy.enter(block.key, block.used, block.depth)
         dropped = sum(not self._holds(key) for key, _ in keys)
         self.counters["kvoffload_dropped_stores_total",] += dropped
-        return Stored(placements, dropped)
+        return Stored([Placement(block.key, block.generation, block.dram_slot, NO_SLOT) for block in blocks], dropped)
 
     def _holds(self, key: BlockKey) -> bool:
         """Whether storing the block would add nothing. It does if its only copy is on a drive that is left alone."""

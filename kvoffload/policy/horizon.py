@@ -140,13 +140,15 @@ class Horizon:
         while len(self) > len(passed) and (entry := self._levels.pop(half_life)) is not None:
             if entry[1] in self._held:
                 continue  # it is pushed again when it is released
-            if any(entry[1] in keys for keys in exempt):
-                passed.append(entry)
-                continue
-            found = entry[1]
-            self._history.put(found, entry)
-            del self._there[found]
-            break
+            for keys in exempt:
+                if entry[1] in keys:
+                    passed.append(entry)
+                    break
+            else:
+                found = entry[1]
+                self._history.put(found, entry)
+                del self._there[found]
+                break
         for entry in passed:
             self._levels.push(entry)
         return found

@@ -57,12 +57,14 @@ class LRU:
             used, key = heapq.heappop(self._heap)
             if self._used.get(key) != used or key in self._held:
                 continue  # gone, or used again or held since this entry was pushed
-            if any(key in keys for keys in exempt):
-                passed.append((used, key))
-                continue
-            del self._used[key]
-            found = key
-            break
+            for keys in exempt:
+                if key in keys:
+                    passed.append((used, key))
+                    break
+            else:
+                del self._used[key]
+                found = key
+                break
         for entry in passed:
             heapq.heappush(self._heap, entry)
         return found

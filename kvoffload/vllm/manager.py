@@ -59,12 +59,16 @@ class Notes:
 
     salt: bytes
     life: bytes  # what follows is of the time between two resets
+    key_salt: bytes = field(init=False)
     transfer: int = 0  # its load in flight
     recomputes: bool = False  # a load of it failed: it loads no more
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
     loads: Loads = field(default_factory=Loads)
     written: float = math.inf  # tokens whose KV was computed, once the request has ended
     limit: int | None = None  # lookups of blocks that end behind this token miss: they are not worth loading
+
+    def __post_init__(self) -> None:
+        self.key_salt = self.salt + self.life
 
 
 def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
@@ -178,12 +182,9 @@ class ManagerAdapter(OffloadingManager):
             contract.set_state(req_context, notes)
         return notes
 
-    def _salt(self, req_context: ReqContext) -> bytes:
-        return self._notes(req_context).salt + self._life
-
     def _keys(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> list[BlockKey]:
-        salt = self._salt(req_context)
-        return [salted(key, salt) for key in keys]
+        salt = self._notes(req_context).key_salt
+        return [salted(key, salt) for key in keys] if salt else list(keys)
 
     def _own_keys(self, req_context: ReqContext) -> list[BlockKey]:
         """All keys of a request by their position in it, over all groups."""
@@ -196,7 +197,7 @@ class ManagerAdapter(OffloadingManager):
         notes = self._notes(req_context)
         if notes.recomputes or notes.limit is not None and contract.key_positions(req_context)[key] > notes.limit:
             return LookupResult.MISS
-        own_key = salted(key, notes.salt + self._life)
+        own_key = salted(key, notes.key_salt) if notes.key_salt else key
         if self._loadable_from(own_key, req_context) is not None:
             self._core.lookup(own_key)
             return LookupResult.HIT
@@ -204,6 +205,9 @@ class ManagerAdapter(OffloadingManager):
         return LookupResult.MISS
 
     def _loadable_from(self, own_key: BlockKey, req_context: ReqContext) -> Tier | None:
+        nearest = self._core.tier(own_key)
+        if nearest is None or contract.may_load_from(nearest, req_context):
+            return nearest
         return next((tier for tier in self._core.tiers(own_key) if contract.may_load_from(tier, req_context)), None)
 
     def lift_limit(self, request: "Request", computed: int) -> None:
@@ -218,7 +222,7 @@ class ManagerAdapter(OffloadingManager):
             return False
         context = self._contexts[request.request_id]
         notes = self._notes(context)
-        salt = notes.salt + self._life
+        salt = notes.key_salt
         found = []
         for key, position in contract.key_positions(context).items():
             if computed < position <= computed + matched:
@@ -279,7 +283,7 @@ class ManagerAdapter(OffloadingManager):
         notes = self._notes(req_context)
         if not self._settings.enabled or notes.has_hole:
             return PrepareStoreOutput([], SlotSpec.of(0, []), [])
-        salt = self._salt(req_context)
+        salt = notes.key_salt
         contract.note_keys(req_context, keys)
         positions = contract.key_positions(req_context)
         own_keys = {salted(key, salt): key for key in keys if self._is_written(positions.get(key, 0), notes)}
