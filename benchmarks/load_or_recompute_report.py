@@ -30,7 +30,7 @@ class Cell:
 
     @property
     def noise(self) -> float:
-        """How far the slowest prompt without kvoffload, which has no reason to differ, is from its median."""
+        """How far the slowest prompt without kvoffload, on either engine, is from the median: they have no reason to differ."""
         return max(self.ttft_s[WITHOUT]) / self.median(WITHOUT)
 
     @property
@@ -71,7 +71,7 @@ def markdown(cells: list[Cell], notes: dict[str, object]) -> str:
     lines += [f"| drive | {ALWAYS} | {DECIDES} | decisions |", "|---|---:|---:|---|"]
     for speed in dict.fromkeys(cell.speed for cell in cells):
         of = [cell for cell in cells if cell.speed == speed]
-        total = {name: sum(sum(cell.ttft_s[name]) for cell in of) for name in (WITHOUT, ALWAYS, DECIDES)}
+        total = {name: sum(statistics.mean(cell.ttft_s[name]) for cell in of) for name in (WITHOUT, ALWAYS, DECIDES)}
         decided = "; ".join(f"{name}: {count:.0f}" for name, count in notes["decisions"][speed].items())
         ratios = " | ".join(f"{total[name] / total[WITHOUT]:.2f}" for name in (ALWAYS, DECIDES))
         lines.append(f"| {speed} | {ratios} | {decided} |")
