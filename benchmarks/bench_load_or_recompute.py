@@ -1,7 +1,7 @@
 """Time to first token of a real vLLM: without kvoffload, with it told to load whatever it holds, and with it left to decide.
 
-Four engines run side by side and take turns at each prompt, the others stopped while one works; each turn another begins. Two of
-them are without kvoffload, for two that are started alike differ by up to a tenth at long prompts, each time the same one.
+Four engines run side by side and take turns at each prompt, the others stopped while one works; each turn another begins.
+Two of them are without kvoffload, for two that are started alike differ by up to a tenth, each time the same one.
 The drive is as fast as it is, slowed to a tenth and a hundredth by the tests' fault layer (requests are served one after
 the other, each for as much longer than a block of this size takes here), or stalled, so that it answers nothing. Of a prompt
 nothing, half or all is on SSD and nowhere else: there is no DRAM tier, and the GPU pool forgets all before each prompt. What
