@@ -37,9 +37,9 @@ BLOCK_TOKENS, BLOCK_BYTES = 32, 2**19  # of the model "llama"
 POOL = {"num_gpu_blocks_override": 320, "max_model_len": 4352}
 SSD_GB = 6.0
 SETTLE_S, WARM_UPS = 60, 3
-# After a prompt, awake: to end what the answer began. When an engine is asked again the others have rested too, and vLLM's processes
-# no longer ask one another for work, which takes a core for a second after each step (a prompt of 256 tokens takes 0.14 s beside
-# that, 0.09 s later).
+# After a prompt, awake: to end what the answer began. When an engine is asked again the others have rested too, and vLLM's
+# processes no longer ask one another for work, which takes a core for a second after each step (a prompt of 256 tokens takes
+# 0.14 s beside that, 0.09 s later).
 REST_S = 1.0
 
 
