@@ -78,10 +78,10 @@ class Demotions:
         self._blocks: dict[int, Block] = {}
         self._acks: Counter[int] = Counter()
         self._errors: dict[int, int] = {}
-        self.next = 0  # number to be given
+        self._next = 0
 
     def begin(self, block: Block) -> int:
-        block.demotion, self.next = self.next, self.next + 1
+        block.demotion, self._next = self._next, self._next + 1
         self._blocks[block.demotion] = block
         return block.demotion
 
@@ -101,10 +101,6 @@ class Demotions:
 
     def blocks(self) -> Iterable[Block]:
         return self._blocks.values()
-
-    def since(self, number: int) -> Iterable[Block]:
-        """Of those in flight, the ones that began with this number or later."""
-        return (block for begun, block in self._blocks.items() if begun >= number)
 
     def __len__(self) -> int:
         return len(self._blocks)

@@ -41,6 +41,7 @@ class Drive:
         self.trial: set[BlockKey] = set()  # what lookups of this step promised while reads are half-open
         self.trial_max = 1  # blocks of a trial
         self.awaited_until = 0.0  # by an idle engine, if demotions are in flight
+        self.heard = False  # since that was first said: a demotion ended
         self.errors = self.damaged = 0  # since the last good read
         self.full_until = 0.0
         # DRAM slots that late operations may still use, so that they must not be filled again until the drive answers another:
@@ -154,17 +155,19 @@ class Drives:
         return any(drive.write_state is not BreakerState.OPEN and drive.pool.count > 0 for drive in self._drives)
 
     def writes_soon(self) -> bool:
-        """Whether some drive takes a demotion now or, after its first and shortest pause, soon."""
+        """Whether some drive that writes nothing takes a demotion now or, after its first and shortest pause, soon."""
         return any(
             drive.may_write(self._demotions_max)
             or 0 < max(drive.reads.left_s(), drive.writes.left_s()) <= PAUSE_MIN_S
             and drive.pool.count > 0
             for drive in self._drives
+            if drive.demotions == 0  # else see `answering`
         )
 
     def answering(self) -> bool:
-        """Whether demotions are in flight on a drive that is worth an idle engine's steps: QUIET_S at first, and for each block
-        that it takes as long as a brisk drive needs for one, but never longer ahead than QUIET_S."""
+        """Whether demotions are in flight on a drive that is worth an idle engine's steps: for QUIET_S at first, then for each
+        block that it takes as long as a brisk drive needs for one, but never longer ahead than QUIET_S. If that is used up and
+        requests bring more to write, once more from the beginning, unless the drive was silent."""
         now = self._clock()
         return any(drive.demotions and now < drive.awaited_until for drive in self._drives)
 
@@ -177,8 +180,9 @@ class Drives:
     # -- what happened -----------------------------------------------------------------------------------------
 
     def begin_demotion(self, drive: Drive) -> None:
-        if drive.demotions == 0:
-            drive.awaited_until = self._clock() + QUIET_S
+        now = self._clock()
+        if drive.demotions == 0 or drive.heard and now >= drive.awaited_until:
+            drive.awaited_until, drive.heard = now + QUIET_S, False
         drive.demotions += 1
         drive.writes.begin()
         self._turn = (drive.number + 1) % len(self._drives)
@@ -191,7 +195,7 @@ class Drives:
         """
         drive.demotions -= 1
         now = self._clock()
-        drive.awaited_until = min(max(drive.awaited_until, now) + self._brisk_s, now + QUIET_S)
+        drive.awaited_until, drive.heard = min(max(drive.awaited_until, now) + self._brisk_s, now + QUIET_S), True
         if error == errno.EBADMSG or error in NOT_ASKED or not drive.writes.counts:
             return False
         if error == errno.ENOSPC:

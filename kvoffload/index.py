@@ -113,7 +113,7 @@ class Index:
         self.dram_policy.leave(block.key)
         if block.ssd is not ABSENT:
             self.drives.of(block.ssd_slot).policy.leave(block.key)
-        if block.ssd is not ABSENT and journal:  # one that moves in may be presumed to be there
+        if block.ssd is READY and journal:
             self._journal.delete(block.key, block.ssd_slot)
 
     def forget_and_settle(self, block: Block, journal: bool = True) -> None:

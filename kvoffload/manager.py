@@ -91,7 +91,6 @@ class BlockManager:
         # By owner and key, with the drive (None: from DRAM) and how many loads from it had been late when this one began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
         self._demotions = Demotions(ranks)
-        self._presumed = 0  # demotions up to this number were presumed to end well
         self._index.recover(recovered)
 
     # -- questions ---------------------------------------------------------------------------------------------
@@ -132,14 +131,6 @@ class BlockManager:
         """Whether there is background work that needs further steps now. An idle engine steps a thousand times a second,
         so neither for a drive that hangs or is slow nor through long pauses: the next request's steps go on with it."""
         return self._drives.answering() or bool(self._index.dirty) and self._drives.writes_soon()
-
-    def presume_written(self) -> None:
-        """The engine goes idle, or ends, before it hears how the demotions in flight end. Most will end well, and slots prove
-        what they hold: so the journal names them already. One that was not written is a miss when it is read in the next life."""
-        for block in self._demotions.since(self._presumed):
-            if not block.gone and self._drives.of(block.ssd_slot).writes.closed:
-                self._journal.put(block.key, block.ssd_slot, block.generation, block.group)
-        self._presumed = self._demotions.next
 
     def usage(self) -> dict[Tier, tuple[int, int]]:
         """Slots used and slots there are, by tier."""
@@ -389,11 +380,10 @@ class BlockManager:
 
     def _demotion_failed(self, block: Block, drive: Drive, error: int) -> None:
         self.counters["kvoffload_demotion_failures_total", errno.errorcode.get(error, str(error))] += 1
-        if not block.gone:
-            drive.policy.leave(block.key)
-            self._journal.delete(block.key, block.ssd_slot)  # it may have been presumed to be there
         drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
         block.ssd, block.ssd_slot = ABSENT, NO_SLOT
+        if not block.gone:
+            drive.policy.leave(block.key)
         if error == errno.EBADMSG:
             if block.late:  # the engine has a spare piece of memory for its slot
                 drive.late_blocks.remove(block)

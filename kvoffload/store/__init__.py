@@ -94,7 +94,7 @@ class Store:
         return self._generation
 
     def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None:
-        """Note that every rank wrote the block to its slot, or is presumed to. It is now the most recent."""
+        """Note that every rank wrote the block to its slot. It is now the most recent."""
         self._writer.push((Record(Kind.PUT, key, slot, generation, group),))
 
     def delete(self, key: BlockKey, slot: int) -> None:

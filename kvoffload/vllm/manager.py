@@ -325,11 +325,7 @@ class ManagerAdapter(OffloadingManager):
         self._core.end_step()
 
     def has_pending_work(self) -> bool:
-        """Asked when no request is left; vLLM does not ask again, nor step, until the next one if there is none."""
-        if self._attach or self._core.pending():
-            return True
-        self._core.presume_written()
-        return False
+        return self._core.pending() or bool(self._attach)
 
     def reset_cache(self) -> None:
         """vLLM calls this when what it cached is void, after new weights for one. What is computed from now on may
@@ -344,7 +340,6 @@ class ManagerAdapter(OffloadingManager):
 
     def shutdown(self) -> None:
         if self._store is not None:
-            self._core.presume_written()
             self._store.close()
 
     def fail_overwritten(

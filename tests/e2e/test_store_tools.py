@@ -25,10 +25,6 @@ def kvoffload(*arguments: object) -> tuple[int, dict | list]:
     return process.returncode, json.loads(out)
 
 
-def slots_used(path: Path) -> int:
-    return sum(cache["slots_used"] for place in kvoffload("inspect", path)[1] for cache in place["caches"])
-
-
 def directories(path: Path) -> list[Path]:
     return [each for each in (path / "kvoffload").iterdir() if each.is_dir()]
 

@@ -229,6 +229,19 @@ def test_an_idle_engine_waits_for_as_long_as_a_drive_is_brisk(drives, clock, spe
     assert abs(ended - blocks) <= 2, "a drive of half the speed uses up its second in two"
 
 
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_an_idle_engine_waits_anew_for_what_a_request_brings_unless_the_drive_is_silent(drives, clock, is_silent):
+    first, _ = drives
+    drives.begin_demotion(first)
+    drives.begin_demotion(first)
+    if not is_silent:
+        drives.end_demotion(first, 0)
+    clock.now += QUIET_S
+    assert not drives.answering(), "one is in flight all the time"
+    drives.begin_demotion(first)
+    assert drives.answering() is not is_silent
+
+
 def test_an_idle_engine_waits_no_longer_for_a_drive_that_was_fast_before(drives, clock):
     first, _ = drives
     drives.begin_demotion(first)

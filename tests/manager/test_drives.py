@@ -2,8 +2,6 @@
 
 import errno
 
-import pytest
-
 from kvoffload.breaker import PAUSE_MAX_S, PAUSE_MIN_S
 from kvoffload.drives import FULL_S, QUIET_S
 from kvoffload.types import NO_SLOT, Tier
@@ -276,48 +274,13 @@ def test_an_idle_engine_is_not_kept_awake_by_a_drive_that_hangs():
     assert not books.manager.pending()
 
 
-@pytest.mark.parametrize("error", [0, errno.EIO])
-def test_what_is_on_its_way_when_an_engine_goes_idle_is_found_after_a_kill(error):
-    books = Books(dram=4, ssd=8)
-    books.store(prefix("a", 2))
-    (first, second) = books.manager.plan()
-    assert not books.journal.blocks
-    books.manager.presume_written()
-    assert set(books.journal.blocks) == {b"a0", b"a1"}
-    books.manager.ack(first.id, 1, error)
-    books.manager.ack(second.id, 1, 0)
-    assert set(books.journal.blocks) == ({b"a1"} if error else {b"a0", b"a1"})
-    books.manager.check()
-
-
-def test_what_is_forgotten_on_its_way_is_not_found_after_a_kill():
-    books = Books(dram=4, ssd=8)
-    books.store([b"a"])
-    (demotion,) = books.manager.plan()
-    books.manager.presume_written()
-    books.manager.reset()
-    books.manager.ack(demotion.id, 1, 0)
-    books.manager.presume_written()
-    assert not books.journal.blocks
-    books.manager.check()
-
-
-def test_what_is_on_its_way_to_a_drive_that_fails_writes_is_not_presumed_there():
-    books = Books(dram=4, ssd=8)
-    books.store(prefix("a", 2))
-    (first, _) = books.manager.plan()
-    books.manager.ack(first.id, 1, errno.EIO)
-    books.manager.presume_written()
-    assert not books.journal.blocks
-
-
-def test_an_engine_that_is_idle_again_and_again_presumes_once(monkeypatch):
-    books = Books(dram=4, ssd=8)
-    books.store([b"a"])
-    books.manager.plan()
-    books.manager.presume_written()
-    monkeypatch.setattr(books.journal, "put", None)
-    books.manager.presume_written()
+def test_an_idle_engine_is_not_kept_awake_by_blocks_that_find_no_slot_on_a_drive_that_hangs():
+    books = Books(dram=8, ssd=4)
+    books.store(prefix("a", 8))
+    assert len(books.manager.plan()) == 4 and books.manager.queues()["demotion_waiting"] == 4
+    assert books.manager.pending()
+    books.now += QUIET_S
+    assert books.manager.plan() == [] and not books.manager.pending()
 
 
 def test_bounced_blocks_go_to_another_drive_when_one_fails():

@@ -21,7 +21,7 @@ from kvoffload.manager import BlockManager
 from kvoffload.store import Store
 from kvoffload.store.capacity import Geometry
 from kvoffload.table import Entry
-from kvoffload.types import BlockKey, Demotion, EngineOptions, Region, TransferPlan, TransferReport, add_errors
+from kvoffload.types import BlockKey, EngineOptions, Region, TransferPlan, TransferReport, add_errors
 from kvoffload.worker import BlockList, Worker
 from tests.torture.notes import OPEN, RUNNING, NotedStore, Notes
 
@@ -33,7 +33,6 @@ KEYS = 70
 SLOTS_LEAST, SLOTS_MOST = 8, 44
 RUN_MAX = 6  # blocks of one request
 # A machine that is busy, or a drive that is, says nothing about the block.
-NOT_WRITTEN = 0  # no block's generation
 EXCUSES = (errno.ETIMEDOUT, errno.ECANCELED)
 
 
@@ -148,8 +147,6 @@ class Deployment:
         self.manager = BlockManager(shape.dram_slots, self.store.slot_count, RANKS, self.journal,
                                     block_bytes=PAYLOAD_BYTES, dram_is_tier=shape.dram_is_tier, recovered=recovered)  # fmt: skip
         self.jobs: dict[int, Job] = {}
-        self.writes: dict[int, Demotion] = {}  # in flight
-        self.failed_writes: set[int] = set()  # of those of some rank
         self.free_blocks = list(range(KV_BLOCKS))
         self.numbers = itertools.count()
         self.loaded = 0
@@ -174,19 +171,10 @@ class Deployment:
         demotions = tuple(self.manager.plan())
         for demotion in demotions:
             self.notes.add_write(demotion.ssd_slot, demotion.generation)
-            self.writes[demotion.id] = demotion
-        if self.rng.random() < 0.1:
-            self.presume_written()
         for rank in self.ranks:
             rank.worker.apply(TransferPlan(demotions=demotions))
         self.ranks[0].engine.wait(0.001)
         self.take_in()
-
-    def presume_written(self) -> None:
-        """As an engine that goes idle; the journal may name what was not written. Whether that ends is noted."""
-        for demotion in self.writes.values():
-            self.notes.add_write(demotion.ssd_slot, NOT_WRITTEN)
-        self.manager.presume_written()
 
     def reset(self) -> None:
         """Forget everything; the manager requires that loads and stores in flight end first."""
@@ -243,19 +231,8 @@ class Deployment:
             error = report.failed_demotions.get(demotion, 0)
             assert error in (0, *EXCUSES), f"a demotion failed: {errno.errorcode.get(error, error)}"
             self.manager.ack(demotion, ranks, error)
-            self._note_end(demotion, error)
         for number in ended:
             self._end(self.jobs.pop(number))
-
-    def _note_end(self, demotion: int, error: int) -> None:
-        """If all ranks are done with it."""
-        if error:
-            self.failed_writes.add(demotion)
-        if demotion in {block.demotion for block in self.manager._demotions.blocks()}:
-            return
-        written = self.writes.pop(demotion)
-        if demotion not in self.failed_writes:
-            self.notes.add_write(written.ssd_slot, written.generation)
 
     def _end(self, job: Job) -> None:
         if job.kind == "store":
