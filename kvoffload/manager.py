@@ -97,10 +97,7 @@ class BlockManager:
 
     def lookup(self, key: BlockKey) -> Tier | None:
         """The nearest tier the block can be loaded from. The answer stays true until `end_step`."""
-        if self._drives.all_well and key not in self._index.blocks:  # so are most, and a request asks for thousands
-            tier = None if self._cold.slot(key) is None else SSD
-        else:
-            tier = self.tier(key)
+        tier = self.tier(key)
         if tier is not None:
             self._index.promised.add(key)
             if tier is SSD and not self._drives.all_well:

@@ -104,13 +104,12 @@ def draws_hash_seed(algorithm: str) -> bool:
 # -- what vLLM keeps of a request --------------------------------------------------------------------------------------
 
 if VERSION >= (0, 27):
-    from vllm.v1.kv_offload.base import Locality, Medium, TierFilter
+    from vllm.v1.kv_offload.base import Locality, Medium
 
     _MEDIUM = {Tier.DRAM: Medium.CPU, Tier.SSD: Medium.STORAGE}
 
     def may_load_from(tier: Tier, req_context: "ReqContext") -> bool:
-        wanted = req_context.load_tier_filter
-        return wanted is TierFilter.ALL or wanted.allows(_MEDIUM[tier], Locality.LOCAL)
+        return req_context.load_tier_filter.allows(_MEDIUM[tier], Locality.LOCAL)
 
     def set_state(req_context: "ReqContext", state: object) -> None:
         req_context.set_state(state)

@@ -184,7 +184,7 @@ class ManagerAdapter(OffloadingManager):
 
     def _keys(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> list[BlockKey]:
         salt = self._notes(req_context).key_salt
-        return [salted(key, salt) for key in keys] if salt else list(keys)
+        return [salted(key, salt) for key in keys]
 
     def _own_keys(self, req_context: ReqContext) -> list[BlockKey]:
         """All keys of a request by their position in it, over all groups."""
@@ -197,7 +197,7 @@ class ManagerAdapter(OffloadingManager):
         notes = self._notes(req_context)
         if notes.recomputes or notes.limit is not None and contract.key_positions(req_context)[key] > notes.limit:
             return LookupResult.MISS
-        own_key = salted(key, notes.key_salt) if notes.key_salt else key
+        own_key = salted(key, notes.key_salt)
         if self._loadable_from(own_key, req_context) is not None:
             self._core.lookup(own_key)
             return LookupResult.HIT

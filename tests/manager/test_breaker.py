@@ -10,9 +10,9 @@ from kvoffload import drives as drives_module
 from kvoffload.breaker import PAUSE_MAX_S, PAUSE_MIN_S, Breaker, BreakerState
 from kvoffload.drives import BRISK, DAMAGED_MAX, ERRORS_MAX, QUIET_S, Drives
 from kvoffload.policy import LRU
+from tests.manager.world import BLOCK_BYTES
 
 DEMOTIONS = 8
-BLOCK_BYTES = 1 << 20
 
 
 class Clock:

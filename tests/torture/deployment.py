@@ -17,6 +17,7 @@ import numpy as np
 from kvoffload.blocks import Placement
 from kvoffload.config import GB, Config
 from kvoffload.engine import Engine
+from kvoffload.layout import slot_bytes
 from kvoffload.manager import BlockManager
 from kvoffload.store import Store
 from kvoffload.store.capacity import Geometry
@@ -145,7 +146,8 @@ class Deployment:
         self.journal = NotedStore(self.store, notes)
         self.ranks = [Rank(self.store, rank, backend, shape.dram_slots) for rank in range(RANKS)]
         self.manager = BlockManager(shape.dram_slots, self.store.slot_count, RANKS, self.journal,
-                                    block_bytes=PAYLOAD_BYTES, dram_is_tier=shape.dram_is_tier, recovered=recovered)  # fmt: skip
+                                    block_bytes=RANKS * slot_bytes(PAYLOAD_BYTES), dram_is_tier=shape.dram_is_tier,
+                                    recovered=recovered)  # fmt: skip
         self.jobs: dict[int, Job] = {}
         self.free_blocks = list(range(KV_BLOCKS))
         self.numbers = itertools.count()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvoffload.blocks import Placement
 from kvoffload.config import Config
 from kvoffload.engine import Engine
 from kvoffload.layout import slot_bytes
@@ -20,6 +21,7 @@ from kvoffload.types import EngineOptions, Region, TransferPlan
 from kvoffload.worker import BlockList, Worker
 from tests.patience import PATIENCE_S, wait_until
 from tests.torture.children import LastWords
+from tests.torture.deployment import Job
 
 PAYLOAD = 1 << 20
 BLOCKS = 160  # 2.5 extents
@@ -75,15 +77,10 @@ class Life:
         self.store.close()
 
 
-def block_list(places) -> BlockList:
-    def column(name: str, kind: type) -> np.ndarray:
-        return np.array([getattr(place, name) for place in places], kind)
-
-    blocks, groups = np.arange(len(places), dtype=np.uint32), np.zeros(len(places), np.uint16)
-    return BlockList(
-        JOB, [place.key for place in places], column("generation", np.uint64), column("dram_slot", np.uint32),
-        column("ssd_slot", np.uint32), blocks, groups,
-    )  # fmt: skip
+def block_list(places: list[Placement]) -> BlockList:
+    """To and from the first KV blocks, in order."""
+    count = len(places)
+    return Job("", "", places, [0] * count, list(range(count))).block_list(JOB)
 
 
 def live(folder: Path, least: int, end: str) -> None:
