@@ -64,4 +64,4 @@ lint: setup ## style
 	@$(BIN)/ruff check .
 
 clean: ## remove what the build made (.venv stays)
-	rm -rf build dist *.egg-info kvoffload/engine/_core*.so .pytest_cache .benchmarks .hypothesis
+	rm -rf build dist *.egg-info kvoffload/*.so kvoffload/engine/*.so .pytest_cache .benchmarks .hypothesis

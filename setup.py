@@ -1,6 +1,7 @@
-"""Builds the engine's C extension, kvoffload.engine._core; everything else is in pyproject.toml.
+"""Builds the C extensions: the engine, kvoffload.engine._core, and the index's tables, kvoffload._rows. Everything else is
+in pyproject.toml.
 
-The extension uses Python's limited API: one build serves every Python from 3.11 on. Environment:
+They use Python's limited API: one build serves every Python from 3.11 on. Environment:
 KVO_SANITIZE=address|thread builds with sanitisers; KVO_WITHOUT_LIBURING=1 builds without io_uring.
 """
 
@@ -19,6 +20,7 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
+ENGINE = "kvoffload.engine._core"
 LIBURING_CHECK = "#include <liburing.h>\nint check(void) { struct io_uring r; return io_uring_queue_init(8, &r, 0); }\n"
 LIBURING_STATIC = ["-l:liburing.a", "-Wl,--exclude-libs,ALL"]
 LIBURING_SHARED = ["-luring"]
@@ -26,6 +28,11 @@ LIBURING_SHARED = ["-luring"]
 
 class BuildEngine(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == ENGINE:
+            self.use_liburing(ext)
+        super().build_extension(ext)
+
+    def use_liburing(self, ext: Extension) -> None:
         link = None if os.environ.get("KVO_WITHOUT_LIBURING") else self.find_liburing()
         if link is None:
             print("engine: without io_uring (liburing.h not found or not wanted); file I/O will use threads")
@@ -33,7 +40,6 @@ class BuildEngine(build_ext):
             print(f"engine: with io_uring, linked by {' '.join(link)}")
             ext.define_macros.append(("KVO_HAVE_LIBURING", "1"))
             ext.extra_link_args += link
-        super().build_extension(ext)
 
     def find_liburing(self) -> list[str] | None:
         """The flags that link liburing into a shared object, static if its code allows it; None if it is not there."""
@@ -57,17 +63,24 @@ class LimitedApiWheel(bdist_wheel):
 
 
 sanitize = SANITIZERS[os.environ.get("KVO_SANITIZE", "")]
+
+
+def extension(name: str, folder: Path, libraries: list[str]) -> Extension:
+    return Extension(
+        name,
+        sources=sorted(str(path) for path in folder.glob("*.c")),
+        depends=sorted(str(path) for path in folder.glob("*.h")),
+        define_macros=[("Py_LIMITED_API", "0x030B0000")],
+        extra_compile_args=["-std=gnu11", "-O3", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS, *sanitize],
+        extra_link_args=[*libraries, *sanitize],
+        py_limited_api=True,
+    )
+
+
 setup(
     ext_modules=[
-        Extension(
-            "kvoffload.engine._core",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.c")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-            define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            extra_compile_args=["-std=gnu11", "-O3", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS, *sanitize],
-            extra_link_args=["-pthread", "-ldl", *sanitize],
-            py_limited_api=True,
-        )
+        extension(ENGINE, Path("csrc"), ["-pthread", "-ldl"]),
+        extension("kvoffload._rows", Path("csrc", "rows"), []),
     ],
     cmdclass={"build_ext": BuildEngine, "bdist_wheel": LimitedApiWheel},
 )

@@ -16,7 +16,17 @@ BlockKey = bytes
 """vLLM's offload key: the block's hash followed by the KV-cache group index (4 bytes, big endian)."""
 
 KEY_BYTES_MAX = 40
+KEY_ROW = np.dtype(f"V{1 + KEY_BYTES_MAX}")  # a key in a column: its length, the key, zeros
 NO_SLOT = 0xFFFFFFFF
+
+
+def key_row(key: BlockKey) -> bytes:
+    """The bytes of a KEY_ROW. REQUIRES: at most KEY_BYTES_MAX bytes."""
+    return bytes((len(key),)) + key.ljust(KEY_BYTES_MAX, b"\0")
+
+
+def key_of_row(row: bytes) -> BlockKey:
+    return row[1 : 1 + row[0]]
 
 
 class Tier(StrEnum):

