@@ -92,7 +92,7 @@ def measure(folder: Path, blocks: int, rounds: int) -> dict[str, object]:
         table = store.table()
         manager = BlockManager(DRAM_SLOTS, store.slot_count, 1, store, block_bytes=slot_bytes(PAYLOAD), recovered=table)
         recovered_at = time.perf_counter()
-        held = table.keys[len(table) // 2 :]  # the older half is evicted meanwhile
+        held = [entry.key for entry in table][len(table) // 2 :]  # the older half is evicted meanwhile
         del table
         grown = resident_bytes() - before
         ctypes.CDLL(None).malloc_trim(0)  # malloc keeps what it was given back, for the next that asks

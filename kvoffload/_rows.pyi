@@ -1,7 +1,7 @@
 from collections.abc import Buffer
 
-def checksums(rows: Buffer, row_bytes: int, summed_bytes: int, sums: Buffer, /) -> None:
-    """XXH3-64 of the first `summed_bytes` of each row, into `sums`: as many u64. ValueError if the sizes do not fit."""
+def checksums(rows: Buffer, row_bytes: int, begin: int, end: int, seed: int, sums: Buffer, /) -> None:
+    """XXH3-64 of the bytes `begin` to `end` of each row, into `sums`: as many u64. ValueError if the sizes do not fit."""
 
 class KeyMap:
     """Which row of a table holds which block key: a table's columns are arrays by row, and this is its key column.

@@ -1,7 +1,7 @@
 """What the block manager keeps about a block and hands out for it, and what it asks of the store. Scheduler side, one thread."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -57,17 +57,6 @@ class Block:
         self.promoter: str | None = None  # owner of the load that fills its DRAM slot
         self.late = False  # a late demotion may still read its DRAM slot, which stays its own until the drive answers
         self.gone = False  # forgotten: not in the index, slots go free when the last operation ends
-
-
-class Unsaved:
-    """Those of some keys whose block is not on SSD, so that evicting its DRAM copy would lose it."""
-
-    def __init__(self, keys: Container[BlockKey], blocks: Mapping[BlockKey, Block]):
-        self._keys = keys
-        self._blocks = blocks
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys and self._blocks[key].ssd is not READY
 
 
 class Demotions:

@@ -24,17 +24,19 @@ def verify(
     late_slots = [slot for drive in drives for _, slot in drive.late_slots]
     _verify_pool("dram", index.dram, [*(b.dram_slot for b in everyone.values() if b.dram is not ABSENT), *late_slots])
     on_ssd = [block for block in everyone.values() if block.ssd is not ABSENT]
-    _verify_cold(index)
+    _verify_rows(index)
     for drive in drives:
         here = [block for block in on_ssd if drives.of(block.ssd_slot) is drive]
-        cold = {key: slot for key, slot in index.cold.items() if drives.of(slot) is drive}
+        cold = {key: slot for key, slot in _cold(index).items() if drives.of(slot) is drive}
         _verify_pool(f"drive {drive.number}", drive.pool, [*(block.ssd_slot for block in here), *cold.values()])
         assert drive.loads == sum(source is drive for _, source, _ in loads), f"drive {drive.number}: loads"
         assert drive.demotions == sum(block.ssd is MOVING_IN for block in here), f"drive {drive.number}: demotions"
-        evictable = [block for block in blocks.values() if drive.policy.evictable(block.key)]
+        evictable = [block for block in here if not block.gone and drive.policy.evictable(drives.frame(block.ssd_slot)[1])]
         assert len(evictable) + len(cold) == len(drive.policy), f"drive {drive.number}: evictable, but not there"
         idle = [block for block in here if block.ssd is READY and not block.loads and not block.gone]
         assert {id(block) for block in evictable} == {id(block) for block in idle}, f"drive {drive.number}: evictable"
+    in_dram = [block for block in blocks.values() if block.dram is not ABSENT and index.dram_policy.evictable(block.dram_slot)]
+    assert len(in_dram) == len(index.dram_policy), "evictable in DRAM, but not there"
     in_use = Counter(id(block) for block in loading)
     for block in everyone.values():
         name = block.key.hex()
@@ -46,24 +48,33 @@ def verify(
         assert not (block.dirty or block.late) or block.dram is READY, f"{name}: to be written, without bytes"
         assert not block.gone or block.loads or block.demotion is not None or block.late or block in stores.values(), name
         idle = not block.loads and block.demotion is None and not block.late
-        assert block.gone or (block.key in index.dram_policy) == (block.dram is not ABSENT), f"{name}: in DRAM"
-        for drive in drives if not block.gone else ():
-            on_drive = block.ssd is not ABSENT and drives.of(block.ssd_slot) is drive
-            assert (block.key in drive.policy) == on_drive, f"{name}: on drive {drive.number}"
+        if block.dram is not ABSENT:
+            assert (block.dram_slot in index.dram_policy) == (not block.gone), f"{name}: in DRAM"
+        if block.ssd is not ABSENT:
+            policy, frame = drives.frame(block.ssd_slot)
+            assert (frame in policy) == (not block.gone), f"{name}: on SSD"
         waits = block.dirty and drives.writing  # to be written
         assert block.gone or block.dram is not ABSENT or not idle, f"{name}: to be cold"
         if not block.gone:
-            evictable = block.dram is READY and idle and not waits
-            assert index.dram_policy.evictable(block.key) == evictable, f"{name}: evictable in use, or idle and not evictable"
+            evictable = block.dram is not ABSENT and index.dram_policy.evictable(block.dram_slot)
+            assert evictable == (block.dram is READY and idle and not waits), f"{name}: evictable in use, or idle and not"
 
 
-def _verify_cold(index: Index) -> None:
-    """A block that is cold is nothing else, and may be evicted from its drive."""
-    for key, slot in index.cold.items():
-        assert key not in index.blocks and key not in index.dirty and key not in index.dram_policy, key.hex()
-        for drive in index.drives:
-            here = drive is index.drives.of(slot)
-            assert drive.policy.evictable(key) == (key in drive.policy) == here, f"{key.hex()}: cold on drive {drive.number}"
+def _cold(index: Index) -> dict[BlockKey, int]:
+    """Keys and slots of blocks that have no object."""
+    return {key: slot for key, slot in index.on_ssd.items() if key not in index.blocks}
+
+
+def _verify_rows(index: Index) -> None:
+    """The rows are those of blocks that are ready on SSD, and one that is cold is nothing else and may be evicted."""
+    for key, slot in index.on_ssd.items():
+        assert index.on_ssd.slot(key) == slot, key.hex()
+        block = index.blocks.get(key)
+        assert block is None or (block.ssd, block.ssd_slot) == (READY, slot), f"{key.hex()}: not in its row's slot"
+        policy, frame = index.drives.frame(slot)
+        assert block is not None or policy.evictable(frame) and key not in index.dirty, f"{key.hex()}: cold and in use"
+    ready = [block for block in index.blocks.values() if block.ssd is READY]
+    assert len(ready) + len(_cold(index)) == len(index.on_ssd), "a block ready on SSD has no row"
 
 
 def _verify_pool(name: str, pool: SlotPool, slots: Iterable[int]) -> None:

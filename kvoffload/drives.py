@@ -9,7 +9,7 @@ writes either, since what it holds cannot be had.
 import errno
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from kvoffload.blocks import Block
 from kvoffload.breaker import PAUSE_MIN_S, Breaker, BreakerState
@@ -34,6 +34,7 @@ class Drive:
 
     def __init__(self, number: int, name: str, slots: range, clock: Callable[[], float], policy: Callable[[int], EvictionPolicy]):
         self.number, self.name, self._clock = number, name, clock
+        self.slots = slots  # by frame
         self.pool = SlotPool(slots)
         self.policy = policy(len(slots))
         self.reads, self.writes = Breaker(clock), Breaker(clock)
@@ -58,6 +59,12 @@ class Drive:
     def take_slot(self) -> int | None:
         """A free slot. On a full drive one that held a block before: it has room for these, and younger blocks are worth it."""
         return self.pool.take(used_before=self._clock() < self.full_until)
+
+    def victim(self, promised: Container[int]) -> int | None:
+        """The slot of the next block to evict, but none of `promised`."""
+        slots = self.slots
+        frame = self.policy.victim(lambda frame: slots[frame] in promised)
+        return None if frame is None else slots[frame]
 
     def may_read(self, key: BlockKey) -> bool:
         """Half-open, it is one block at a time, the first that is asked for; or more, see `forget_trial`."""
@@ -142,6 +149,11 @@ class Drives:
 
     def of(self, slot: int) -> Drive:
         return self._drives[slot % len(self._drives)]
+
+    def frame(self, slot: int) -> tuple[EvictionPolicy, int]:
+        """The policy of the slot's drive, and the slot's frame there."""
+        frame, number = divmod(slot, len(self._drives))
+        return self._drives[number].policy, frame
 
     # -- questions ---------------------------------------------------------------------------------------------
 

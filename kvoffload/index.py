@@ -6,13 +6,15 @@ It knows blocks and slots; what is in flight, and why, is the block manager's af
 from collections import Counter
 from collections.abc import Container, Sequence
 
+import numpy as np
+
 from kvoffload.admission import Ghosts
 from kvoffload.blocks import ABSENT, READY, Block, Journal
-from kvoffload.cold import Cold
 from kvoffload.drives import Drive, Drives
 from kvoffload.garbage import uncollected
 from kvoffload.policy import EvictionPolicy
 from kvoffload.slots import SlotPool
+from kvoffload.ssd_rows import SsdRows
 from kvoffload.table import BlockTable
 from kvoffload.types import NO_SLOT, BlockKey, Tier
 
@@ -33,65 +35,69 @@ class Index:
     ):
         self.dram_is_tier, self.drives, self._journal, self._counters = dram_is_tier, drives, journal, counters
         self._ghosts = ghosts  # what becomes of those forgotten; None: nobody asks
-        self.blocks: dict[BlockKey, Block] = {}  # in DRAM or in use; the others are cold
-        self.cold = Cold(ssd_slots)
+        self.blocks: dict[BlockKey, Block] = {}  # in DRAM or in use; the others are cold: on SSD only, and have no object
+        self.on_ssd = SsdRows(ssd_slots)
         self.dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
-        self.promised: set[BlockKey] = set()  # by lookups of this step: not evicted
+        self.promised_dram: set[int] = set()  # slots promised by lookups of this step: their blocks are not evicted
+        self.promised_ssd: set[int] = set()
         self.dram = SlotPool(range(dram_slots))
+        self._in_dram: list[Block | None] = [None] * dram_slots  # by slot; stale where the policy has none
         self.dram_policy = dram_policy
         self._was_writing = drives.writing
         self._now = 0
 
     def recover(self, found: BlockTable) -> None:
         with uncollected():
-            self.cold.recover(found)
+            self.on_ssd.recover(found)
             for drive in self.drives:
                 rows = found.rows_on(drive.number, len(self.drives))
-                keys = found.keys if len(rows) == len(found) else [found.keys[row] for row in rows.tolist()]
-                drive.policy.recover(keys, (rows + 1).tolist())
-                drive.pool.claim(found.slots[rows])
+                slots = found.slots[rows].astype(np.int64)
+                drive.policy.recover(slots // len(self.drives), rows + 1)
+                drive.pool.claim(slots)
         self._now = len(found)
 
     def block(self, key: BlockKey) -> Block | None:
         """Taken out of the cold, if need be, for something is to be done with it; `settle` puts it back."""
         block = self.blocks.get(key)
         if block is None:
-            block = self.cold.take(key)
-            if block is not None:
-                self.blocks[key] = block
+            slot = self.on_ssd.slot(key)
+            if slot is not None:
+                block = self.blocks[key] = self.on_ssd.block(key, slot)
         return block
 
     def ssd_slot(self, key: BlockKey) -> int | None:
         """Where it is ready on SSD."""
         block = self.blocks.get(key)
         if block is None:
-            return self.cold.slot(key)
+            return self.on_ssd.slot(key)
         return block.ssd_slot if block.ssd is READY else None
 
     def use(self, keys: Sequence[BlockKey], owner: str) -> list[tuple[BlockKey, int]]:
         """Notes that the request used those of `keys` there are just now, the last one first. Those ready on SSD are returned,
         with their slots."""
-        on_ssd = []
-        blocks, cold = self.blocks, self.cold
+        found = []
+        blocks, on_ssd = self.blocks, self.on_ssd
         for key in reversed(keys):
             block = blocks.get(key)
             if block is None:
-                slot = cold.slot(key)
+                slot = on_ssd.slot(key)
                 if slot is not None:
                     now = self.tick()
-                    self.drives.of(slot).policy.use(key, now, cold.use(slot, now, owner))
-                    on_ssd.append((key, slot))
+                    policy, frame = self.drives.frame(slot)
+                    policy.use(frame, key, now, on_ssd.use(slot, now, owner))
+                    found.append((key, slot))
                 continue
             now = block.used = self.tick()
             again = block.user == owner
             block.user = owner
             if block.dram is not ABSENT:
-                self.dram_policy.use(key, now, again)
+                self.dram_policy.use(block.dram_slot, key, now, again)
             if block.ssd is not ABSENT:
-                self.drives.of(block.ssd_slot).policy.use(key, now, again)
+                policy, frame = self.drives.frame(block.ssd_slot)
+                policy.use(frame, key, now, again)
                 if block.ssd is READY:
-                    on_ssd.append((key, block.ssd_slot))
-        return on_ssd
+                    found.append((key, block.ssd_slot))
+        return found
 
     def settle_dirty(self) -> None:
         """While no drive takes them, blocks that wait to be written may be evicted."""
@@ -110,11 +116,18 @@ class Index:
             self._ghosts.leave(block.key, block.uses)
         del self.blocks[block.key]
         self.dirty.pop(block.key, None)
-        self.dram_policy.leave(block.key)
+        if block.dram is not ABSENT:
+            self.dram_policy.leave(block.dram_slot)
         if block.ssd is not ABSENT:
-            self.drives.of(block.ssd_slot).policy.leave(block.key)
-        if block.ssd is READY and journal:
-            self._journal.delete(block.key, block.ssd_slot)
+            self._leave_ssd(block.ssd_slot)
+        if block.ssd is READY:
+            self.on_ssd.remove(block.key)
+            if journal:
+                self._journal.delete(block.key, block.ssd_slot)
+
+    def _leave_ssd(self, slot: int) -> None:
+        policy, frame = self.drives.frame(slot)
+        policy.leave(frame)
 
     def forget_and_settle(self, block: Block, journal: bool = True) -> None:
         self.forget(block, journal)
@@ -122,11 +135,11 @@ class Index:
 
     def forget_cold(self) -> None:
         """All that is cold, of which the journal is not told."""
-        for key, slot in self.cold.items():
-            drive = self.drives.of(slot)
-            drive.policy.leave(key)
-            drive.pool.give_back(slot)
-        self.cold.clear()
+        for key, slot in self.on_ssd.items():
+            if key not in self.blocks:
+                self._leave_ssd(slot)
+                self.drives.of(slot).pool.give_back(slot)
+                self.on_ssd.remove(key)
 
     def tick(self) -> int:
         self._now += 1
@@ -146,47 +159,60 @@ class Index:
             self.drop_dram(block)  # the bounce slot did its duty
             ready = False
         if ready and (not block.dirty or not self.drives.writing):
-            self.dram_policy.release(block.key)
-        else:
-            self.dram_policy.hold(block.key)
+            self.dram_policy.release(block.dram_slot)
+        elif block.dram is not ABSENT:
+            self.dram_policy.hold(block.dram_slot)
         if block.ssd is READY:
-            policy = self.drives.of(block.ssd_slot).policy
+            policy, frame = self.drives.frame(block.ssd_slot)
             if block.loads == 0:
-                policy.release(block.key)
+                policy.release(frame)
             else:
-                policy.hold(block.key)
+                policy.hold(frame)
             if idle and block.dram is ABSENT:
                 self._make_cold(block)
 
     def _make_cold(self, block: Block) -> None:
         del self.blocks[block.key]
-        self.cold.put(block)
+        self.on_ssd.save(block)
+
+    def enter_dram(self, block: Block) -> None:
+        """The block came into its DRAM slot, and is held."""
+        self._in_dram[block.dram_slot] = block
+        self.dram_policy.enter(block.dram_slot, block.key, block.used, block.depth)
 
     def drop_dram(self, block: Block) -> None:
         if block.dram is READY:
-            if not block.gone:  # else a younger block of the same key may be there
-                self.dram_policy.leave(block.key)
+            self.dram_policy.leave(block.dram_slot)
             self.dram.give_back(block.dram_slot)
             block.dram, block.dram_slot = ABSENT, NO_SLOT
 
     def drop_ssd(self, block: Block) -> None:
         if block.ssd is READY:
-            drive = self.drives.of(block.ssd_slot)
-            if not block.gone:
-                drive.policy.leave(block.key)
-            drive.pool.give_back(block.ssd_slot)
+            self._leave_ssd(block.ssd_slot)
+            if not block.gone:  # else a younger block of the same key may be there
+                self.on_ssd.remove(block.key)
+            self.drives.of(block.ssd_slot).pool.give_back(block.ssd_slot)
             block.ssd, block.ssd_slot = ABSENT, NO_SLOT
 
-    def take_dram_slot(self, *exempt: Container[BlockKey]) -> int:
-        """A free DRAM slot, evicting if need be; NO_SLOT if everything is in use, promised or dirty."""
+    def take_dram_slot(self, own: Container[BlockKey] = ()) -> int:
+        """A free DRAM slot, evicting if need be; NO_SLOT if everything is in use, promised or dirty, or one of `own` that is not
+        on SSD, so that it would be lost."""
         slot = self.dram.take()
         if slot is not None:
             return slot
-        key = self.dram_policy.victim(self.promised, *exempt)
-        if key is None:
+        in_dram, promised = self._in_dram, self.promised_dram
+
+        def spared(slot: int) -> bool:
+            block = in_dram[slot]
+            assert block is not None
+            return slot in promised or block.key in own and block.ssd is not READY
+
+        slot = self.dram_policy.victim(spared)
+        if slot is None:
             return NO_SLOT
-        block = self.blocks[key]
-        slot = block.dram_slot
+        block = in_dram[slot]
+        assert block is not None
+        self.dram_policy.evict(slot, block.key)
         block.dram, block.dram_slot = ABSENT, NO_SLOT
         self._counters[DRAM_EVICTIONS] += 1
         if block.ssd is ABSENT:
@@ -202,18 +228,23 @@ class Index:
             slot = drive.take_slot()
             if slot is not None:
                 return slot
-        victims = (drive.policy.victim(self.promised) for drive in drives)
-        key = next((key for key in victims if key is not None), None)
-        if key is None:  # a full drive that has nothing of ours to give up may have room by now
-            return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
+        for drive in drives:
+            slot = drive.victim(self.promised_ssd)
+            if slot is not None:
+                self._evict_from_ssd(slot)
+                return slot
+        # A full drive that has nothing of ours to give up may have room by now.
+        return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
+
+    def _evict_from_ssd(self, slot: int) -> None:
+        key = self.on_ssd.key(slot)
+        policy, frame = self.drives.frame(slot)
+        policy.evict(frame, key)
         self._counters[SSD_EVICTIONS] += 1
         block = self.blocks.get(key)
-        if block is None:
-            slot, uses = self.cold.drop(key)
-            if self._ghosts is not None:
-                self._ghosts.leave(key, uses)
-        else:  # its DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block
-            slot = block.ssd_slot
+        if block is not None:  # its DRAM copy stays, as one that is not written again: it lost its place on SSD to a younger block
             block.ssd, block.ssd_slot = ABSENT, NO_SLOT
+        elif self._ghosts is not None:
+            self._ghosts.leave(key, self.on_ssd.uses(slot))
+        self.on_ssd.remove(key)
         self._journal.delete(key, slot)
-        return slot

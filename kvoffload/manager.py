@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from types import MappingProxyType
 
 from kvoffload.admission import Admission, AdmitAll
-from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Stored, Unsaved
+from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Stored
 from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
 from kvoffload.drives import Drive, Drives
@@ -86,7 +86,7 @@ class BlockManager:
         ghosts = self._admission.ghosts
         dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
         self._index = Index(dram_slots, ssd_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
-        self._cold = self._index.cold
+        self._blocks, self._ssd_slot = self._index.blocks, self._index.on_ssd.slot
         self._stores: dict[BlockKey, Block] = {}
         # By owner and key, with the drive (None: from DRAM) and how many loads from it had been late when this one began.
         self._loads: dict[tuple[str, BlockKey], tuple[Block, Drive | None, int]] = {}
@@ -97,19 +97,28 @@ class BlockManager:
 
     def lookup(self, key: BlockKey) -> Tier | None:
         """The nearest tier the block can be loaded from. The answer stays true until `end_step`."""
+        block = self._blocks.get(key)
+        if block is None and self._drives.all_well:  # nearly all of a long prefix; asked here, for each call costs as much again
+            slot = self._ssd_slot(key)
+            if slot is None:
+                return None
+            self._index.promised_ssd.add(slot)
+            return SSD
         tier = self.tier(key)
         if tier is not None:
-            self._index.promised.add(key)
-            if tier is SSD and not self._drives.all_well:
-                slot = self._index.ssd_slot(key)
-                assert slot is not None
-                self._drives.of(slot).promise(key)
+            slot = self._index.ssd_slot(key)
+            if slot is not None:
+                self._index.promised_ssd.add(slot)
+                if tier is SSD and not self._drives.all_well:
+                    self._drives.of(slot).promise(key)
+            if block is not None and block.dram is READY:
+                self._index.promised_dram.add(block.dram_slot)
         return tier
 
     def tier(self, key: BlockKey) -> Tier | None:
-        block = self._index.blocks.get(key)
+        block = self._blocks.get(key)
         if block is None:
-            slot = self._cold.slot(key)
+            slot = self._ssd_slot(key)
         elif block.dram is READY and self.dram_is_tier:
             return DRAM
         else:
@@ -181,7 +190,7 @@ class BlockManager:
                 may_move_in = slot != NO_SLOT  # asking again for every block would look through all that is promised
             if slot != NO_SLOT:
                 block.dram, block.dram_slot, block.promoter = MOVING_IN, slot, owner
-                self._index.dram_policy.enter(key, block.used, block.depth)
+                self._index.enter_dram(block)
             placements.append(Placement(key, block.generation, slot, block.ssd_slot))
         return placements
 
@@ -219,9 +228,8 @@ class BlockManager:
         block.dram = READY
         if error in LATE and drive is not None:
             drive.set_aside(block.dram_slot)
+            self._index.dram_policy.leave(block.dram_slot)
             block.dram, block.dram_slot = ABSENT, NO_SLOT
-            if not block.gone:
-                self._index.dram_policy.leave(block.key)
         elif error:
             self._index.drop_dram(block)
 
@@ -234,13 +242,12 @@ class BlockManager:
         `own`: all blocks of the request, `owner`, by their place in it. They are not evicted unless they are on SSD: a prefix
         must not lose its head to its tail.
         """
-        unsaved = Unsaved(own, self._index.blocks)
         self._use([key for key, _ in keys], owner)
         blocks: list[Block] = []
         missing = {key: group for key, group in keys if not self._holds(key)}
         useless = not self.dram_is_tier and not self._drives.take_stores()  # bounce slots would only fill up
         for key, group in missing.items() if not useless else ():
-            slot = self._index.take_dram_slot(unsaved)
+            slot = self._index.take_dram_slot(own)
             if slot == NO_SLOT:
                 break
             former = None if self._drives.all_well else self._index.block(key)  # see _holds
@@ -250,19 +257,19 @@ class BlockManager:
             block.dram, block.dram_slot, block.user = MOVING_IN, slot, owner
             if self._admission.ghosts is not None:
                 block.uses += self._admission.ghosts.come(key)
-            self._index.blocks[key] = self._stores[key] = block
+            self._blocks[key] = self._stores[key] = block
             blocks.append(block)
         for block in reversed(blocks):  # the head of a prefix is the last to leave
             block.used = self._index.tick()
-            self._index.dram_policy.enter(block.key, block.used, block.depth)
-        dropped = sum(not self._holds(key) for key, _ in keys)
+            self._index.enter_dram(block)
+        dropped = len(missing) - len(blocks)
         self.counters["kvoffload_dropped_stores_total",] += dropped
         return Stored([Placement(block.key, block.generation, block.dram_slot, NO_SLOT) for block in blocks], dropped)
 
     def _holds(self, key: BlockKey) -> bool:
         """Whether storing the block would add nothing. It does if its only copy is on a drive that is left alone."""
-        block = self._index.blocks.get(key)
-        slot = self._cold.slot(key) if block is None else block.ssd_slot
+        block = self._blocks.get(key)
+        slot = self._ssd_slot(key) if block is None else block.ssd_slot
         if slot is None or self._drives.all_well:
             return slot is not None
         if block is not None and block.dram is not ABSENT:
@@ -294,7 +301,7 @@ class BlockManager:
         """`Index.use`. Blocks that the SSD lacks are offered to it again if another request used them before."""
         if not self._selective:
             return self._index.use(keys, owner)
-        blocks = self._index.blocks
+        blocks = self._blocks
         again = [block for key in keys if (block := blocks.get(key)) is not None and block.user != owner]
         used = self._index.use(keys, owner)
         for block in again:
@@ -348,7 +355,8 @@ class BlockManager:
         self._drives.begin_demotion(drive)
         block.late_before = drive.late_loads
         if not block.gone:
-            drive.policy.enter(block.key, block.used, block.depth)
+            policy, frame = self._drives.frame(slot)
+            policy.enter(frame, block.key, block.used, block.depth)
         self._index.settle(block)
         return Demotion(number, block.key, block.group, block.generation, block.dram_slot, slot)
 
@@ -371,16 +379,17 @@ class BlockManager:
             block.unread = True
             self.counters["kvoffload_demotions_total",] += 1
             if not block.gone:
+                self._index.on_ssd.add(block)
                 self._journal.put(block.key, block.ssd_slot, block.generation, block.group)
         self._index.settle(block)
         self._index.settle_dirty()
 
     def _demotion_failed(self, block: Block, drive: Drive, error: int) -> None:
         self.counters["kvoffload_demotion_failures_total", errno.errorcode.get(error, str(error))] += 1
+        policy, frame = self._drives.frame(block.ssd_slot)
+        policy.leave(frame)
         drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
         block.ssd, block.ssd_slot = ABSENT, NO_SLOT
-        if not block.gone:
-            drive.policy.leave(block.key)
         if error == errno.EBADMSG:
             if block.late:  # the engine has a spare piece of memory for its slot
                 drive.late_blocks.remove(block)
@@ -422,7 +431,7 @@ class BlockManager:
         keeps what it knows for the next one."""
         self._drives.never_use()
         self._index.forget_cold()
-        for block in list(self._index.blocks.values()):
+        for block in list(self._blocks.values()):
             if block.ssd is READY and block.dram is not READY:
                 self._index.forget(block, journal=False)
             elif block.ssd is READY:
@@ -434,13 +443,14 @@ class BlockManager:
 
     def end_step(self) -> None:
         """Lookups of this step whose blocks were not loaded lose their promise."""
-        self._index.promised.clear()
+        self._index.promised_dram.clear()
+        self._index.promised_ssd.clear()
         self._drives.forget_trials()
 
     def reset(self) -> None:
         """Forgets every block, in DRAM and on SSD. REQUIRES: workers finish all loads and stores in flight before they
         start another."""
-        blocks = [*self._index.blocks.values(), *(block for block, *_ in self._loads.values()), *self._stores.values()]
+        blocks = [*self._blocks.values(), *(block for block, *_ in self._loads.values()), *self._stores.values()]
         for _, drive, _ in self._loads.values():
             if drive is not None:
                 drive.loads -= 1
@@ -453,7 +463,8 @@ class BlockManager:
                 block.dram = READY
             self._index.forget_and_settle(block, journal=False)
         self._index.forget_cold()
-        self._index.promised.clear()
+        self._index.promised_dram.clear()
+        self._index.promised_ssd.clear()
         self._admission.reset()
         self._journal.clear()
 

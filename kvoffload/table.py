@@ -7,7 +7,9 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvoffload.types import BlockKey
+from kvoffload.types import KEY_ROW, BlockKey, key_of_row, key_row
+
+CHUNK_ROWS = 4096  # that are objects at a time when a table is gone through
 
 
 class Entry(NamedTuple):
@@ -23,7 +25,7 @@ class Entry(NamedTuple):
 class BlockTable:
     """A row for each block, the least recently used first. Keys and slots are unique."""
 
-    keys: list[BlockKey]
+    keys: NDArray[np.void]  # KEY_ROW
     slots: NDArray[np.uint32]
     generations: NDArray[np.uint64]
     groups: NDArray[np.uint16]
@@ -33,15 +35,15 @@ class BlockTable:
         rows = list(entries)
         slots = np.array([row.slot for row in rows], np.uint32)
         generations = np.array([row.generation for row in rows], np.uint64)
-        return cls([row.key for row in rows], slots, generations, np.array([row.group for row in rows], np.uint16))
+        keys = np.frombuffer(b"".join(key_row(row.key) for row in rows), KEY_ROW)
+        return cls(keys, slots, generations, np.array([row.group for row in rows], np.uint16))
 
     def below(self, slot_count: int) -> Self:
         """Those in the first so many slots."""
         kept = np.flatnonzero(self.slots < slot_count)
         if len(kept) == len(self):
             return self
-        keys = [self.keys[row] for row in kept.tolist()]
-        return type(self)(keys, self.slots[kept], self.generations[kept], self.groups[kept])
+        return type(self)(self.keys[kept], self.slots[kept], self.generations[kept], self.groups[kept])
 
     def rows_on(self, path_index: int, path_count: int) -> NDArray[np.int64]:
         """Which rows have their slot on one of the paths that slots are striped over."""
@@ -56,8 +58,10 @@ class BlockTable:
         return len(self.keys)
 
     def __iter__(self) -> Iterator[Entry]:
-        columns = self.slots.tolist(), self.generations.tolist(), self.groups.tolist()
-        return map(Entry, self.keys, *columns)
+        for begin in range(0, len(self), CHUNK_ROWS):
+            rows = slice(begin, begin + CHUNK_ROWS)
+            columns = self.slots[rows].tolist(), self.generations[rows].tolist(), self.groups[rows].tolist()
+            yield from map(Entry, map(key_of_row, self.keys[rows].tolist()), *columns)
 
 
 NO_BLOCKS = BlockTable.of([])

@@ -9,12 +9,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kvoffload"
 
 # Each part, and the parts of kvoffload it may import beside itself. A new file must be given its place here.
-VOCABULARY = {"types", "table", "layout", "errors", "garbage"}
+VOCABULARY = {"types", "table", "layout", "errors", "garbage", "_rows"}
 SHARED = VOCABULARY | {"config", "slots", "metrics"}
-SCHEDULER_SIDE = {"manager", "admission", "books", "index", "cold", "drives", "breaker", "estimates", "policy", "store"}
+SCHEDULER_SIDE = {"manager", "admission", "books", "index", "ssd_rows", "drives", "breaker", "estimates", "policy", "store"}
 EVERYTHING = SHARED | SCHEDULER_SIDE | {"engine", "worker"}
 MAY_IMPORT = {
     "__init__": set(),
+    "_rows": set(),  # the C extension
     "errors": set(),
     "garbage": set(),
     "layout": {"errors"},
@@ -27,13 +28,13 @@ MAY_IMPORT = {
     "worker": SHARED | {"engine"},
     "policy": SHARED,
     "blocks": SHARED,
-    "cold": SHARED | {"blocks"},
+    "ssd_rows": SHARED | {"blocks"},
     "store": SHARED,
     "breaker": SHARED,
     "estimates": SHARED,
     "admission": SHARED,
     "drives": SHARED | {"breaker", "policy", "blocks"},
-    "index": SHARED | {"drives", "policy", "blocks", "cold", "admission"},
+    "index": SHARED | {"drives", "policy", "blocks", "ssd_rows", "admission"},
     "books": SHARED | {"index", "drives", "blocks"},
     "manager": SHARED | {"index", "books", "drives", "breaker", "policy", "blocks", "store", "admission"},
     "vllm": EVERYTHING,

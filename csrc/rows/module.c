@@ -6,25 +6,33 @@
 
 #include "rows.h"
 
-static void sum_rows(const uint8_t *row, size_t row_bytes, size_t summed_bytes, uint64_t *sums, size_t count) {
-    for (size_t i = 0; i < count; i++, row += row_bytes) sums[i] = XXH3_64bits(row, summed_bytes);
+typedef struct {
+    size_t row_bytes, begin, end; /* of a row, and what of it is summed */
+    uint64_t seed;
+} Sum;
+
+static void sum_rows(const Sum *sum, const uint8_t *rows, uint64_t *sums, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        sums[i] = XXH3_64bits_withSeed(rows + i * sum->row_bytes + sum->begin, sum->end - sum->begin, sum->seed);
 }
 
 static PyObject *rows_checksums(PyObject *module, PyObject *arguments) {
     (void)module;
     PyObject *rows, *sums;
     Py_buffer row_view, sum_view;
-    unsigned int row_bytes, summed_bytes;
-    if (!PyArg_ParseTuple(arguments, "OIIO", &rows, &row_bytes, &summed_bytes, &sums)) return NULL;
+    unsigned int row_bytes, begin, end;
+    unsigned long long seed;
+    if (!PyArg_ParseTuple(arguments, "OIIIKO", &rows, &row_bytes, &begin, &end, &seed, &sums)) return NULL;
     if (PyObject_GetBuffer(rows, &row_view, PyBUF_C_CONTIGUOUS) != 0) return NULL;
     if (PyObject_GetBuffer(sums, &sum_view, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) != 0) {
         PyBuffer_Release(&row_view);
         return NULL;
     }
     size_t count = (size_t)sum_view.len / sizeof(uint64_t);
-    int fits = summed_bytes <= row_bytes && (size_t)row_view.len == count * row_bytes;
-    if (fits) sum_rows(row_view.buf, row_bytes, summed_bytes, sum_view.buf, count);
-    else PyErr_SetString(PyExc_ValueError, "expected as many rows of row_bytes as sums, and not more summed of each");
+    int fits = begin <= end && end <= row_bytes && (size_t)row_view.len == count * row_bytes;
+    Sum sum = {.row_bytes = row_bytes, .begin = begin, .end = end, .seed = seed};
+    if (fits) sum_rows(&sum, row_view.buf, sum_view.buf, count);
+    else PyErr_SetString(PyExc_ValueError, "expected as many rows of row_bytes as sums, and begin and end in a row");
     PyBuffer_Release(&sum_view);
     PyBuffer_Release(&row_view);
     if (!fits) return NULL;

@@ -1,7 +1,7 @@
 """ARC: Megiddo, Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003."""
 
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Callable
 
 from kvoffload.policy.holding import Holding
 from kvoffload.types import BlockKey
@@ -19,12 +19,12 @@ class ARC(Holding):
         super().__init__()
         self._capacity = max(1, capacity)
         self._share = 0.0  # of the capacity, for blocks used once
-        self._once: OrderedDict[BlockKey, int] = OrderedDict()
-        self._often: OrderedDict[BlockKey, int] = OrderedDict()
+        self._once: OrderedDict[int, int] = OrderedDict()
+        self._often: OrderedDict[int, int] = OrderedDict()
         self._lost_once: OrderedDict[BlockKey, None] = OrderedDict()
         self._lost_often: OrderedDict[BlockKey, None] = OrderedDict()
 
-    def enter(self, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
         once, often = len(self._lost_once), len(self._lost_often)
         queue = self._often
         if key in self._lost_once:
@@ -35,33 +35,29 @@ class ARC(Holding):
             del self._lost_often[key]
         else:
             queue = self._once
-        queue[key] = 0
-        self._where[key] = queue
-        self._held.add(key)
+        queue[frame] = 0
+        self._where[frame] = queue
+        self._held.add(frame)
 
-    def use(self, key: BlockKey, now: int, again: bool) -> None:
-        queue = self._where.get(key)
-        if queue is None:
-            return
+    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+        queue = self._where[frame]
         target = queue if again else self._often
-        del queue[key]
-        target[key] = 0
-        self._where[key] = target
+        del queue[frame]
+        target[frame] = 0
+        self._where[frame] = target
 
-    def victim(self, *exempt: Container[BlockKey]) -> BlockKey | None:
+    def victim(self, spared: Callable[[int], bool]) -> int | None:
         if not len(self):
             return None
         queues = [self._once, self._often] if len(self._once) > self._share else [self._often, self._once]
-        key = self._first(queues[0], exempt)
-        if key is None:
-            key = self._first(queues[1], exempt)
-        if key is None:
-            return None
-        lost = self._lost_once if self._where[key] is self._once else self._lost_often
-        self.leave(key)
+        frame = self._first(queues[0], spared)
+        return self._first(queues[1], spared) if frame is None else frame
+
+    def evict(self, frame: int, key: BlockKey) -> None:
+        lost = self._lost_once if self._where[frame] is self._once else self._lost_often
+        self.leave(frame)
         lost[key] = None
         if len(self._once) + len(self._lost_once) > self._capacity and self._lost_once:
             self._lost_once.popitem(last=False)
         if len(self._where) + len(self._lost_once) + len(self._lost_often) > 2 * self._capacity and self._lost_often:
             self._lost_often.popitem(last=False)
-        return key

@@ -1,7 +1,10 @@
 """What the block manager asks of a policy. Scheduler side, one thread."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvoffload.types import BlockKey
 
@@ -9,39 +12,43 @@ from kvoffload.types import BlockKey
 class EvictionPolicy(Protocol):
     """Which block leaves a tier, or one drive of the SSD tier, first.
 
-    It knows all blocks that lie there, and which of them are held: in use, so that no eviction may find them. Time is a
-    counter of uses. Blocks of a request are used from the last to the first, so that a prefix can lose its tail before its
-    head.
+    It knows blocks by their frames: a frame is a block's slot, counted from 0 among those of the tier or drive; a policy is made
+    for so many. Of each it knows whether it is held: in use, so that no eviction may find it. Keys it is told only where a block
+    that left may be known again. Time is a counter of uses, and begins at 1. Blocks of a request are used from the last to the
+    first, so that a prefix can lose its tail before its head.
     """
 
-    def enter(self, key: BlockKey, used: int, depth: int) -> None:
-        """The block came into the tier and is held. `used`: when it was last used, which may be long ago. `depth`: its place
-        in its request, from 0; 0 also when that is not known. REQUIRES: it is not there."""
+    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
+        """The block came into the frame and is held. `used`: when it was last used, which may be long ago. `depth`: its place
+        in its request, from 0; 0 also when that is not known. REQUIRES: the frame is empty."""
 
-    def recover(self, keys: Sequence[BlockKey], used: Sequence[int]) -> None:
-        """What was found at start, each block with when it was last used, in that order; none is held. REQUIRES: nothing is
-        there."""
+    def recover(self, frames: NDArray[np.int64], used: NDArray[np.int64]) -> None:
+        """What was found at start, each block with when it was last used, in that order; none is held. REQUIRES: all frames are
+        empty."""
 
-    def use(self, key: BlockKey, now: int, again: bool) -> None:
-        """A request uses the block; `again`: the one that used it last. Nothing if it is not there."""
+    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+        """A request uses the block; `again`: the one that used it last. REQUIRES: it is there."""
 
-    def hold(self, key: BlockKey) -> None:
-        """The block may not be evicted. Nothing if it is held already or is not there."""
+    def hold(self, frame: int) -> None:
+        """The block may not be evicted. Nothing if it is held already or the frame is empty."""
 
-    def release(self, key: BlockKey) -> None:
+    def release(self, frame: int) -> None:
         """The block may be evicted. Nothing if it may already. REQUIRES: it is there."""
 
-    def leave(self, key: BlockKey) -> None:
-        """The block is gone, other than as a victim. Nothing if it is not there."""
+    def leave(self, frame: int) -> None:
+        """The block is gone, other than by eviction. Nothing if the frame is empty."""
 
-    def victim(self, *exempt: Container[BlockKey]) -> BlockKey | None:
-        """Takes the next block to evict out of the tier, leaving those that are held or in `exempt`; None if there is none."""
+    def victim(self, spared: Callable[[int], bool]) -> int | None:
+        """The frame of the next block to evict, leaving those that are held or `spared`; None if there is none."""
 
-    def __contains__(self, key: BlockKey) -> bool:
-        """Whether the block is there, held or not."""
+    def evict(self, frame: int, key: BlockKey) -> None:
+        """The block is evicted. REQUIRES: the frame is what `victim` said last, and nothing was called since."""
 
-    def evictable(self, key: BlockKey) -> bool:
-        """Whether the block is there and not held."""
+    def __contains__(self, frame: int) -> bool:
+        """Whether a block is there, held or not."""
+
+    def evictable(self, frame: int) -> bool:
+        """Whether a block is there and not held."""
 
     def __len__(self) -> int:
         """How many are evictable."""

@@ -1,7 +1,7 @@
 """First in, first out."""
 
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Callable
 
 from kvoffload.policy.holding import Holding
 from kvoffload.types import BlockKey
@@ -12,18 +12,15 @@ class FIFO(Holding):
 
     def __init__(self, capacity: int):
         super().__init__()
-        self._queue: OrderedDict[BlockKey, int] = OrderedDict()  # a dict finds its first key slowly once many before it left
+        self._queue: OrderedDict[int, int] = OrderedDict()  # a dict finds its first key slowly once many before it left
 
-    def enter(self, key: BlockKey, used: int, depth: int) -> None:
-        self._queue[key] = 0
-        self._where[key] = self._queue
-        self._held.add(key)
+    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
+        self._queue[frame] = 0
+        self._where[frame] = self._queue
+        self._held.add(frame)
 
-    def use(self, key: BlockKey, now: int, again: bool) -> None:
+    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
         pass
 
-    def victim(self, *exempt: Container[BlockKey]) -> BlockKey | None:
-        key = self._first(self._queue, exempt) if len(self) else None
-        if key is not None:
-            self.leave(key)
-        return key
+    def victim(self, spared: Callable[[int], bool]) -> int | None:
+        return self._first(self._queue, spared) if len(self) else None

@@ -1,7 +1,7 @@
 """S3-FIFO: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO Queues are All You Need for Cache Eviction", SOSP 2023."""
 
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Callable
 
 from kvoffload.policy.holding import Holding
 from kvoffload.types import BlockKey
@@ -20,54 +20,49 @@ class S3FIFO(Holding):
         super().__init__()
         self._small_size = max(1, capacity // SMALL_SHARE)
         self._ghost_size = max(1, capacity - self._small_size)
-        self._small: OrderedDict[BlockKey, int] = OrderedDict()  # each block with its uses
-        self._main: OrderedDict[BlockKey, int] = OrderedDict()
+        self._small: OrderedDict[int, int] = OrderedDict()  # each block with its uses
+        self._main: OrderedDict[int, int] = OrderedDict()
         self._ghosts: OrderedDict[BlockKey, None] = OrderedDict()
 
-    def enter(self, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
         remembered = key in self._ghosts
         self._ghosts.pop(key, None)
         queue = self._main if remembered else self._small
-        queue[key] = 0
-        self._where[key] = queue
-        self._held.add(key)
+        queue[frame] = 0
+        self._where[frame] = queue
+        self._held.add(frame)
 
-    def use(self, key: BlockKey, now: int, again: bool) -> None:
-        queue = self._where.get(key)
-        if queue is not None and not again:
-            queue[key] = min(queue[key] + 1, USES_MAX)
+    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+        if not again:
+            queue = self._where[frame]
+            queue[frame] = min(queue[frame] + 1, USES_MAX)
 
-    def victim(self, *exempt: Container[BlockKey]) -> BlockKey | None:
-        small_first = len(self._small) >= self._small_size
+    def victim(self, spared: Callable[[int], bool]) -> int | None:
         while len(self):
-            key = self._first(self._small, exempt) if small_first or not self._main else None
-            if key is None:
-                key = self._first(self._main, exempt)
-            if key is None:
-                key = self._first(self._small, exempt)
-            if key is None:
-                return None
-            if self._goes(key):
-                return key
-            small_first = len(self._small) >= self._small_size
+            small_first = len(self._small) >= self._small_size or not self._main
+            frame = self._first(self._small, spared) if small_first else None
+            if frame is None:
+                frame = self._first(self._main, spared)
+            if frame is None:
+                frame = self._first(self._small, spared)
+            if frame is None or self._goes(frame):
+                return frame
         return None
 
-    def _goes(self, key: BlockKey) -> bool:
-        """Whether the block leaves, now that its turn has come; if not it has a new place."""
-        queue = self._where[key]
-        uses = queue[key]
-        self.leave(key)
-        if queue is self._small and uses > 1:
-            uses = 0
-        elif queue is self._small:
+    def _goes(self, frame: int) -> bool:
+        """Whether the block is to leave, now that its turn has come; if not it has a new place."""
+        queue = self._where[frame]
+        uses = queue[frame]
+        if queue is self._small and uses <= 1 or queue is self._main and uses == 0:
+            return True
+        del queue[frame]
+        self._main[frame] = 0 if queue is self._small else uses - 1
+        self._where[frame] = self._main
+        return False
+
+    def evict(self, frame: int, key: BlockKey) -> None:
+        if self._where[frame] is self._small:
             self._ghosts[key] = None
             if len(self._ghosts) > self._ghost_size:
                 self._ghosts.popitem(last=False)
-            return True
-        elif uses == 0:
-            return True
-        else:
-            uses -= 1
-        self._main[key] = uses
-        self._where[key] = self._main
-        return False
+        self.leave(frame)

@@ -1,7 +1,7 @@
 """SIEVE: Zhang, Yang, Yue, Vigfusson, Rashmi, "SIEVE is Simpler than LRU", NSDI 2024."""
 
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Callable
 
 from kvoffload.policy.holding import Holding
 from kvoffload.types import BlockKey
@@ -17,31 +17,31 @@ class SIEVE(Holding):
 
     def __init__(self, capacity: int):
         super().__init__()
-        self._behind: OrderedDict[BlockKey, int] = OrderedDict()
-        self._ahead: OrderedDict[BlockKey, int] = OrderedDict()
+        self._behind: OrderedDict[int, int] = OrderedDict()
+        self._ahead: OrderedDict[int, int] = OrderedDict()
 
-    def enter(self, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
         self._turn()
-        self._ahead[key] = 0
-        self._where[key] = self._ahead
-        self._held.add(key)
+        self._ahead[frame] = 0
+        self._where[frame] = self._ahead
+        self._held.add(frame)
 
-    def use(self, key: BlockKey, now: int, again: bool) -> None:
-        if key in self._where and not again:
-            self._where[key][key] = 1
+    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+        if not again:
+            self._where[frame][frame] = 1
 
-    def victim(self, *exempt: Container[BlockKey]) -> BlockKey | None:
+    def victim(self, spared: Callable[[int], bool]) -> int | None:
         passed = 0
         while len(self) and passed < 2 * len(self._where):  # twice round the hand has cleared all marks
             self._turn()
-            key = next(iter(self._ahead))
-            if not self._ahead[key] and not self._spared(key, exempt):
-                self.leave(key)
-                return key
-            if not self._spared(key, exempt):
-                self._ahead[key] = 0
-            self._behind[key] = self._ahead.pop(key)
-            self._where[key] = self._behind
+            frame = next(iter(self._ahead))
+            stays = frame in self._held or spared(frame)
+            if not self._ahead[frame] and not stays:
+                return frame
+            if not stays:
+                self._ahead[frame] = 0
+            self._behind[frame] = self._ahead.pop(frame)
+            self._where[frame] = self._behind
             passed += 1
         return None
 

@@ -1,21 +1,20 @@
 """The index journal: its bytes, and what a journal read from disk means. docs/format.md is the manual."""
 
 import logging
-import operator
 import os
 import struct
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
+from .._rows import checksums
 from ..errors import StoreError
 from ..layout import FORMAT_VERSION, JOURNAL_BYTES_PER_SLOT
 from ..table import NO_BLOCKS, BlockTable
-from ..types import KEY_BYTES_MAX, BlockKey
+from ..types import KEY_BYTES_MAX, KEY_ROW, BlockKey, key_row
 from .directory import Directory
 from .slotfile import REMEDY
 
@@ -30,16 +29,12 @@ _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER_FIELDS.size + _CHECKSUM.size
 RECORD_BYTES = _RECORD.size
 _RECORD_DTYPE = np.dtype(
-    [
-        ("sequence", "<u8"),
-        ("generation", "<u8"),
-        ("slot", "<u4"),
-        ("group", "<u2"),
-        ("kind", "u1"),
-        ("key_len", "u1"),
-        ("key", f"V{KEY_BYTES_MAX}"),
-        ("checksum", "<u8"),
-    ]
+    {
+        "names": ["sequence", "generation", "slot", "group", "kind", "key_len", "key", "key_bytes", "checksum"],
+        "formats": ["<u8", "<u8", "<u4", "<u2", "u1", "u1", KEY_ROW, ("u1", KEY_BYTES_MAX), "<u8"],
+        "offsets": [0, 8, 16, 20, 22, 23, 23, 24, 64],  # the key with its length, and once more by itself
+        "itemsize": RECORD_BYTES,
+    }
 )
 EPOCH_SHIFT = 40  # a generation is an epoch and below it a count; more than can be written in a process's life
 EPOCH_END = 1 << (64 - EPOCH_SHIFT)
@@ -77,12 +72,12 @@ class Index:
 
     def __init__(self, slot_count: int, found: BlockTable = NO_BLOCKS):
         """REQUIRES: slots of `found` below slot_count."""
-        self._keys: list[BlockKey | None] = [None] * slot_count
-        for key, slot in zip(found.keys, found.slots.tolist(), strict=True):
-            self._keys[slot] = key
+        self._rows = bytearray(KEY_ROW.itemsize * slot_count)
+        self._keys = np.frombuffer(self._rows, KEY_ROW)
         self._generations = np.zeros(slot_count, np.uint64)
         self._groups = np.zeros(slot_count, np.uint16)
         self._used = np.zeros(slot_count, np.uint64)  # by a counter of changes; 0: empty
+        self._keys[found.slots] = found.keys
         self._generations[found.slots], self._groups[found.slots] = found.generations, found.groups
         self._used[found.slots] = np.arange(1, len(found) + 1, dtype=np.uint64)
         self._now = len(found)
@@ -90,24 +85,23 @@ class Index:
     def apply(self, kind: int, key: BlockKey, slot: int, generation: int, group: int) -> bool:
         """Follow one change; False if it changes nothing and need not be written."""
         if kind == _CLEAR:
-            self._keys = [None] * len(self._keys)
             self._used[:] = 0
             return True
-        if kind != _PUT and self._keys[slot] != key:
+        row, begin = key_row(key), KEY_ROW.itemsize * slot
+        end = begin + KEY_ROW.itemsize
+        if kind != _PUT and (not self._used[slot] or self._rows[begin:end] != row):
             return False
         self._now += 1
         if kind == _PUT:
-            self._keys[slot], self._generations[slot], self._groups[slot] = key, generation, group
-        elif kind == _DELETE:
-            self._keys[slot] = None
+            self._rows[begin:end] = row
+            self._generations[slot], self._groups[slot] = generation, group
         self._used[slot] = 0 if kind == _DELETE else self._now
         return True
 
     def table(self) -> BlockTable:
         slots = np.flatnonzero(self._used)
         slots = slots[np.argsort(self._used[slots], kind="stable")]
-        keys: list[BlockKey] = [self._keys[slot] for slot in slots.tolist()]  # type: ignore[misc]
-        return BlockTable(keys, slots.astype(np.uint32), self._generations[slots], self._groups[slots])
+        return BlockTable(self._keys[slots], slots.astype(np.uint32), self._generations[slots], self._groups[slots])
 
 
 def puts(table: BlockTable) -> Iterator[Record]:
@@ -200,48 +194,68 @@ def _follow(records: np.ndarray) -> BlockTable:
     A block is there if the last PUT or DELETE of its key is a PUT, and that is the last PUT into its slot. Asked so, and not by
     doing one after the other, a million records take a third of a second.
     """
-    keys, is_touch, is_put = _keys(records), records["kind"] == _TOUCH, records["kind"] == _PUT
-    changed = _last(keys, ~is_touch)
-    touched = _last(keys, is_touch)
-    last_of_key = np.zeros(len(records), bool)
-    last_of_key[np.fromiter(changed.values(), np.int64, len(changed))] = True
-    puts = np.flatnonzero(is_put)[::-1]
+    keys, key_count = _numbered_keys(records)
+    changed, touched = np.full(key_count, -1), np.full(key_count, -1)  # the last record of each that was
+    is_touch = records["kind"] == _TOUCH
+    changes, touches = np.flatnonzero(~is_touch), np.flatnonzero(is_touch)
+    changed[keys[changes]] = changes  # of several the last remains
+    touched[keys[touches]] = touches
+    puts = np.flatnonzero(records["kind"] == _PUT)[::-1]
     _, first = np.unique(records["slot"][puts], return_index=True)
     last_puts = puts[first]  # of each slot
-    there = np.sort(last_puts[last_of_key[last_puts]])
-    if touched:
-        used = [max(place, touched.get(keys[place], 0)) for place in there.tolist()]
-        there = there[np.argsort(used, kind="stable")]
-    columns = (records[name][there] for name in ("slot", "generation", "group"))
-    return BlockTable([keys[place] for place in there.tolist()], *columns)
+    is_there = np.zeros(len(records), bool)
+    is_there[last_puts] = changed[keys[last_puts]] == last_puts
+    there = np.flatnonzero(is_there)
+    if len(touches):
+        there = there[np.argsort(np.maximum(there, touched[keys[there]]), kind="stable")]
+    if len(there) < len(records):
+        records = records[there]
+    return BlockTable(*(np.ascontiguousarray(records[name]) for name in ("key", "slot", "generation", "group")))
 
 
-def _last(keys: list[BlockKey], which: np.ndarray) -> dict[BlockKey, int]:
-    """The place of the last record of each key among `which`."""
-    chosen = which.tobytes()
-    return dict(zip(compress(keys, chosen), compress(range(len(keys)), chosen), strict=True))
+def _numbered_keys(records: np.ndarray) -> tuple[np.ndarray, int]:
+    """The number of each record's key, and how many keys there are.
 
-
-def _keys(records: np.ndarray) -> list[BlockKey]:
-    keys, lengths = records["key"].tobytes(), records["key_len"].tolist()
-    ends = map(operator.add, range(0, len(keys), KEY_BYTES_MAX), lengths)
-    return [keys[begin:end] for begin, end in zip(range(0, len(keys), KEY_BYTES_MAX), ends, strict=True)]
+    Keys are sorted by a hash. Should two have the same, which nobody can bring about who does not know the seed, it is done
+    again with another seed.
+    """
+    marks = np.empty(len(records), np.uint64)
+    begin = _RECORD_DTYPE.fields["key"][1]
+    while True:
+        seed = int.from_bytes(os.urandom(8))
+        checksums(records, RECORD_BYTES, begin, begin + KEY_ROW.itemsize, seed, marks)
+        order = np.argsort(marks, kind="stable")
+        is_new = np.ones(len(records), bool)
+        is_new[1:] = marks[order[1:]] != marks[order[:-1]]
+        same = np.flatnonzero(~is_new)
+        if np.array_equal(records["key"][order[same]], records["key"][order[same - 1]]):
+            numbers = np.empty(len(records), np.int64)
+            numbers[order] = np.cumsum(is_new) - 1
+            return numbers, int(np.count_nonzero(is_new))
 
 
 def _good_records(body: bytes) -> np.ndarray:
     """Which records are numbered, formed and checksummed as they should be where they are."""
     records = np.frombuffer(body, _RECORD_DTYPE, count=len(body) // RECORD_BYTES)
-    digest, view, size = xxhash.xxh3_64_intdigest, memoryview(body), RECORD_BYTES - _CHECKSUM.size
-    starts = range(0, len(records) * RECORD_BYTES, RECORD_BYTES)
-    digests = np.fromiter((digest(view[start : start + size]) for start in starts), np.uint64, len(records))
+    sums = np.empty(len(records), np.uint64)
+    checksums(records, RECORD_BYTES, 0, RECORD_BYTES - _CHECKSUM.size, 0, sums)
     return (
-        (records["checksum"] == digests)
+        (records["checksum"] == sums)
         & (records["sequence"] == np.arange(1, len(records) + 1, dtype=np.uint64))
         & (records["kind"] >= _PUT)
         & (records["kind"] <= _CLEAR)
         & (records["key_len"] <= KEY_BYTES_MAX)
         & ((records["key_len"] > 0) | (records["kind"] == _CLEAR))
+        & _is_padded(records)
     )
+
+
+def _is_padded(records: np.ndarray) -> np.ndarray:
+    """Whether behind each key there are zeros: else one key could be in a table as two."""
+    lengths, padded = records["key_len"], np.ones(len(records), bool)
+    for place in range(int(lengths.min(initial=KEY_BYTES_MAX)), KEY_BYTES_MAX):
+        padded &= (records["key_bytes"][:, place] == 0) | (place < lengths)
+    return padded
 
 
 class Journal(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvoffload.admission import Admission, AdmissionPolicy, AdmitAll, Budget
-from kvoffload.blocks import READY, Placement
+from kvoffload.blocks import Placement
 from kvoffload.manager import BlockManager
 from kvoffload.types import LATE, NO_SLOT, BlockKey, Demotion, add_errors
 
@@ -251,8 +251,7 @@ class World:
     def check(self) -> None:
         """The books are right, and a kill now would lose nothing that is ready on SSD and find nothing else."""
         self.manager.check()
-        on_ssd = {key: block.ssd_slot for key, block in self.manager._index.blocks.items() if block.ssd is READY}
-        on_ssd.update(self.manager._cold.items())
+        on_ssd = dict(self.manager._index.on_ssd.items())
         assert {key: slot for key, (slot, *_) in self.journal.blocks.items()} == on_ssd
 
     def _request(self, name: str) -> list[BlockKey]:

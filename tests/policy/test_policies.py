@@ -1,5 +1,6 @@
 """Every policy against a model: in what order blocks go, and that no call finds one that may not go."""
 
+import numpy as np
 import pytest
 from hypothesis import note, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ MODELS = {
 
 
 class Machine(RuleBasedStateMachine):
-    """A tier's life under one policy."""
+    """A tier's life under one policy. Which key is in which frame is its affair; models know keys only."""
 
     name = DEFAULT
 
@@ -31,19 +32,26 @@ class Machine(RuleBasedStateMachine):
         self.policy = POLICIES[self.name](CAPACITY)
         self.model = MODELS[self.name](CAPACITY) if self.name in MODELS else None
         self.held: dict[bytes, bool] = {}  # of each block there
+        self.frames: dict[bytes, int] = {}
         self.now = 0
 
-    @initialize(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=CAPACITY))
-    def recover(self, keys):
-        self.policy.recover(keys, range(3, 3 + 4 * len(keys), 4))
-        for key in keys:
-            self.held[key] = False
+    def key_in(self, frame):
+        return next(key for key, at in self.frames.items() if at == frame)
+
+    def gone(self, key):
+        del self.held[key], self.frames[key]
+
+    @initialize(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=CAPACITY), order=st.permutations(range(CAPACITY)))
+    def recover(self, keys, order):
+        self.policy.recover(np.array(order[: len(keys)], np.int64), np.arange(3, 3 + 4 * len(keys), 4))
+        for key, frame in zip(keys, order, strict=False):
+            self.held[key], self.frames[key] = False, frame
             if self.model:
                 self.model.enter(key, self.now + 3)
             self.now += 4
 
-    @rule(key=st.sampled_from(KEYS), ago=st.integers(0, 3), held=st.booleans())
-    def enter(self, key, ago, held):
+    @rule(key=st.sampled_from(KEYS), ago=st.integers(0, 3), held=st.booleans(), choice=st.integers(0, CAPACITY))
+    def enter(self, key, ago, held, choice):
         if key in self.held:
             return
         if len(self.held) >= CAPACITY:
@@ -51,7 +59,9 @@ class Machine(RuleBasedStateMachine):
         if len(self.held) >= CAPACITY:
             return
         self.now += 4
-        self.policy.enter(key, self.now - ago, 0)
+        free = sorted(set(range(CAPACITY)) - set(self.frames.values()))
+        frame = self.frames[key] = free[choice % len(free)]
+        self.policy.enter(frame, key, self.now - ago, 0)
         self.held[key] = True
         if self.model:
             self.model.enter(key, self.now - ago)
@@ -62,39 +72,47 @@ class Machine(RuleBasedStateMachine):
     def use(self, keys, again):
         for key in keys:
             self.now += 4
-            if key in self.held and self.model:
-                self.model.use(key, self.now, again)
-            self.policy.use(key, self.now, again)
+            if key in self.held:
+                self.policy.use(self.frames[key], key, self.now, again)
+                if self.model:
+                    self.model.use(key, self.now, again)
 
-    @rule(key=st.sampled_from(KEYS))
-    def hold(self, key):
-        self.policy.hold(key)
-        if key in self.held:
-            self.held[key] = True
+    @rule(frame=st.integers(0, CAPACITY - 1))
+    def hold(self, frame):
+        self.policy.hold(frame)
+        if frame in self.frames.values():
+            self.held[self.key_in(frame)] = True
 
     @rule(key=st.sampled_from(KEYS))
     def release(self, key):
         if key in self.held:
-            self.policy.release(key)
+            self.policy.release(self.frames[key])
             self.held[key] = False
 
-    @rule(key=st.sampled_from(KEYS))
-    def leave(self, key):
-        self.policy.leave(key)
-        if self.held.pop(key, None) is not None and self.model:
-            self.model.leave(key)
+    @rule(frame=st.integers(0, CAPACITY - 1))
+    def leave(self, frame):
+        self.policy.leave(frame)
+        if frame in self.frames.values():
+            key = self.key_in(frame)
+            self.gone(key)
+            if self.model:
+                self.model.leave(key)
 
-    @rule(exempt=st.frozensets(st.sampled_from(KEYS)))
-    def evict(self, exempt):
-        may_go = {key for key, held in self.held.items() if not held and key not in exempt}
+    @rule(spared=st.frozensets(st.sampled_from(KEYS)))
+    def evict(self, spared):
+        may_go = {key for key, held in self.held.items() if not held and key not in spared}
         expected = self.model.victim(lambda key: key not in may_go) if self.model and may_go else None
-        got = self.policy.victim(exempt, frozenset())
-        assert (got is None) == (not may_go)
-        assert got is None or got in may_go
-        if self.model and may_go:
-            assert got == expected
-            self.model.evicted(got)
-        self.held.pop(got, None)
+        frame = self.policy.victim(lambda frame: self.key_in(frame) in spared)
+        assert (frame is None) == (not may_go)
+        if frame is None:
+            return
+        key = self.key_in(frame)
+        assert key in may_go
+        if self.model:
+            assert key == expected
+            self.model.evicted(key)
+        self.policy.evict(frame, key)
+        self.gone(key)
 
     @precondition(lambda self: self.held)
     @rule()
@@ -108,9 +126,10 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def books_add_up(self):
         assert len(self.policy) == sum(not held for held in self.held.values())
-        for key in KEYS:
-            assert (key in self.policy) == (key in self.held)
-            assert self.policy.evictable(key) == (self.held.get(key) is False)
+        there = {frame: self.held[key] for key, frame in self.frames.items()}
+        for frame in range(CAPACITY):
+            assert (frame in self.policy) == (frame in there)
+            assert self.policy.evictable(frame) == (there.get(frame) is False)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -119,42 +138,68 @@ def test_victims_are_those_of_the_model_and_never_held_exempt_or_absent(name):
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=50, print_blob=True))
 
 
+def nobody(frame):
+    return False
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3])
 def test_the_smallest_tiers_work(name, capacity):
     policy = POLICIES[name](capacity)
-    assert policy.victim() is None
-    for now, key in enumerate(KEYS):
-        if len(policy) >= max(1, capacity):
-            assert policy.victim() is not None
-        policy.enter(key, now, 0)
-        policy.release(key)
-    assert len(policy) == max(1, capacity)
+    assert policy.victim(nobody) is None
+    free = list(range(capacity))
+    keys = {}
+    for now, key in enumerate(KEYS if capacity else [], 1):
+        if not free:
+            frame = policy.victim(nobody)
+            assert frame is not None
+            policy.evict(frame, keys[frame])
+            free = [frame]
+        frame = free.pop()
+        keys[frame] = key
+        policy.enter(frame, key, now, 0)
+        policy.release(frame)
+    assert len(policy) == capacity
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_same_calls_have_the_same_victims(name):
     def victims():
         policy = POLICIES[name](50)
-        found = []
-        for now in range(5000):
+        found, frames = [], {}
+        for now in range(1, 5000):
             key = (now * now * 7919 % 211).to_bytes(16, "big")
-            if key in policy:
-                policy.use(key, now, False)
+            if key in frames:
+                policy.use(frames[key], key, now, False)
                 continue
-            if len(policy) >= 50:
-                found.append(policy.victim())
-            policy.enter(key, now, 0)
-            policy.release(key)
+            frame = len(frames)
+            if frame == 50:
+                frame = policy.victim(nobody)
+                found.append(next(key for key, at in frames.items() if at == frame))
+                policy.evict(frame, found[-1])
+                del frames[found[-1]]
+            frames[key] = frame
+            policy.enter(frame, key, now, 0)
+            policy.release(frame)
         return found
 
     assert victims() == victims()
 
 
 def test_history_remembers_the_last_keys_that_it_was_made_for():
-    history: History[int] = History(4)
+    history = History(4)
     for number, key in enumerate(KEYS):
-        history.put(key, number)
-    assert [history.take(key) for key in KEYS[-4:]] == [26, 27, 28, 29]
-    assert history.take(KEYS[-1]) is None
-    assert sum(history.take(key) is not None for key in KEYS) <= 4
+        history.put(key, number, number / 2)
+    assert [history.take(key) for key in KEYS[-4:]] == [(26, 13.0), (27, 13.5), (28, 14.0), (29, 14.5)]
+    assert not any(history.take(key) for key in KEYS)
+
+
+def test_history_remembers_a_key_that_came_back_from_its_last_time():
+    history = History(3)
+    history.put(b"a", 1, 1.0)
+    history.put(b"b", 2, 1.0)
+    assert history.take(b"a") == (1, 1.0)
+    history.put(b"a", 3, 2.0)
+    history.put(b"c", 4, 1.0)  # in the place that the first had
+    assert history.take(b"a") == (3, 2.0)
+    assert history.take(b"b") == (2, 1.0)

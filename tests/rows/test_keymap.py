@@ -137,7 +137,12 @@ KEEP: list[KeyMap] = []
 def test_columns_that_do_not_fit_are_refused():
     keys, rows = columns([(b"a", 0), (b"b", 1)])
     found = KeyMap(4, KEY_BYTES_MAX)
-    for bad_keys, bad_rows in ((keys[:1], rows), (keys, rows[:1]), (keys, rows.view(np.uint8)[:7]), (keys.view(np.uint8)[:-1], rows)):
+    for bad_keys, bad_rows in (
+        (keys[:1], rows),
+        (keys, rows[:1]),
+        (keys, rows.view(np.uint8)[:7]),
+        (keys.view(np.uint8)[:-1], rows),
+    ):
         with pytest.raises(ValueError, match="not 41 for each"):
             found.fill(bad_keys, bad_rows)
     with pytest.raises(ValueError, match="there already"):

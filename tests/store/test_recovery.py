@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from kvoffload.errors import StoreError
 from kvoffload.store import journal
@@ -109,6 +110,16 @@ def test_a_record_without_a_key_is_bad(kind: Kind) -> None:
     good = Record(Kind.PUT, b"a", 3, 1)
     assert journal.replay(encode([Record(kind, b"", 4, 2), good]))[2:] == (2 * RECORD_BYTES, 1)
     assert [entry.key for entry in journal.replay(encode([Record(kind, b"", 4, 2), good])).blocks] == [b"a"]
+
+
+def test_a_record_whose_key_is_not_followed_by_zeros_is_bad() -> None:
+    """Its checksum may be right all the same, and the key would then be in the table twice."""
+    good = encode([Record(Kind.PUT, b"abc", 3, 1)])
+    forged = bytearray(encode([Record(Kind.PUT, b"abc", 3, 1), Record(Kind.PUT, b"abc", 4, 2)])[RECORD_BYTES:])
+    forged[24 + 3] = 1
+    forged[-8:] = xxhash.xxh3_64_intdigest(bytes(forged[:-8])).to_bytes(8, "little")
+    blocks, _, used_bytes, skipped = journal.replay(good + bytes(forged))
+    assert ([entry.slot for entry in blocks], used_bytes, skipped) == ([3], RECORD_BYTES, 0)
 
 
 def test_a_tail_with_nothing_valid_in_it_ends_the_journal(generator: random.Random) -> None:

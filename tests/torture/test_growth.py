@@ -63,7 +63,7 @@ class Life:
         return self.written
 
     def load_all(self) -> None:
-        keys = list(self.found.keys)
+        keys = [entry.key for entry in self.found]
         places = self.manager.load(keys, "reader")
         self.worker.load(JOB, block_list(places))
         self.worker.wait([JOB])
