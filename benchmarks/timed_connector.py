@@ -1,0 +1,84 @@
+"""The connector, with a watch on every call that vLLM makes of it. For benchmarks; loaded by vLLM through its module's path.
+
+vLLM waits for these calls, in its scheduler and in its workers; all else that kvoffload does is done by threads beside it.
+Every process writes what they took to `$KVOFFLOAD_CALL_TIMES.<role>.<pid>`: seconds and calls, by name. A call in which the process
+was stopped, as benchmarks do between turns, would count all that time: what takes longer than STOPPED_S is counted apart.
+"""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from kvoffload.vllm.connector import KVOffloadConnector
+
+VARIABLE = "KVOFFLOAD_CALL_TIMES"
+WRITE_EVERY_S = 0.5
+STOPPED_S = 0.5
+STOPPED = "stopped"
+CALLS = (
+    *("on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "request_finished"),
+    *("request_finished_all_groups", "build_connector_meta", "update_connector_output", "take_events", "has_pending_push_work"),
+    *("start_load_kv", "wait_for_layer_load", "save_kv_layer", "wait_for_save", "get_finished", "get_transfer_results"),
+    *("get_block_ids_with_load_errors", "build_connector_worker_meta", "handle_preemptions", "bind_connector_metadata"),
+    *("clear_connector_metadata", "get_kv_connector_stats", "get_kv_connector_kv_cache_events"),
+)
+
+
+class Watch:
+    """Of the outermost calls, for they call one another."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+        self._inside = False
+        self._written = 0.0
+
+    def timed(self, name: str, method: Callable[..., Any], role: str, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            return method(*args, **kwargs)
+        self._inside = True
+        begun = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            now = time.perf_counter()
+            taken = self._taken[name if now - begun < STOPPED_S else STOPPED]
+            taken[0] += now - begun
+            taken[1] += 1
+            self._inside = False
+            if now - self._written > WRITE_EVERY_S:
+                self._written = now
+                Path(f"{os.environ[VARIABLE]}.{role}.{os.getpid()}").write_text(json.dumps(self._taken))
+
+
+class TimedConnector(KVOffloadConnector):
+    watch = Watch()
+
+
+def _watched(name: str) -> Callable[..., Any]:
+    method = getattr(KVOffloadConnector, name)
+
+    @wraps(method)
+    def call(self: TimedConnector, *args: Any, **kwargs: Any) -> Any:
+        return self.watch.timed(name, method, self.role.name.lower(), self, *args, **kwargs)
+
+    return call
+
+
+for _name in CALLS:
+    if hasattr(KVOffloadConnector, _name):
+        setattr(TimedConnector, _name, _watched(_name))
+
+
+def call_seconds(path: Path) -> dict[str, dict[str, float]]:
+    """What all processes wrote so far, by role and call."""
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for file in path.parent.glob(f"{path.name}.*"):
+        role = file.name.removeprefix(path.name).split(".")[1]
+        for name, (taken, _) in json.loads(file.read_text()).items():
+            seconds[role][name] += taken
+    return seconds
