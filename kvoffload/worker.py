@@ -8,8 +8,9 @@ import errno
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import count, repeat
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,7 @@ DEMOTION_TIMEOUT_S = 60.0
 BATCH_MAX = 1024  # completions taken in one call
 LOAD_KINDS = (OpKind.READ, OpKind.COPY_IN)
 DRIVE_KINDS = (OpKind.READ, OpKind.WRITE)
+KINDS = tuple(OpKind)  # by number
 
 
 class Engine(Protocol):
@@ -65,7 +67,7 @@ class Job:
     failed: dict[BlockKey, int] = field(default_factory=dict)  # errno
 
 
-@dataclass
+@dataclass(slots=True)
 class Pending:
     """What an operation in flight belongs to: a job, or a demotion."""
 
@@ -160,23 +162,23 @@ class Worker:
             errors = np.where(nowhere, errno.ENOENT, errno.ECANCELED).tolist()
             self.refuse(job_id, blocks.transfer, dict(zip(blocks.keys, errors, strict=True)))
             return
-        count = len(blocks.keys)
         copies = block_ops(OpKind.COPY_IN, blocks.keys, blocks.columns())
         reads = copies.copy()
         reads["kind"], reads["flags"] = OpKind.READ, OpFlag.LINK
-        ops = np.stack([reads, copies], axis=1).reshape(2 * count)  # each READ right before its COPY_IN
-        needed = np.ones(2 * count, bool)
+        ops = np.stack([reads, copies], axis=1).reshape(-1)  # each READ right before its COPY_IN
+        needed = np.ones(len(ops), bool)
         needed[::2] = blocks.ssd_slots != NO_SLOT
+        keys = [blocks.keys[place // 2] for place in np.flatnonzero(needed).tolist()]
         timeout_s = LOAD_TIMEOUT_S + sum(self._group_bytes[group] for group in blocks.groups) / LOAD_BYTES_PER_S
         is_urgent = blocks.patience_s is not None and blocks.patience_s < timeout_s
         if is_urgent:
             timeout_s = blocks.patience_s
-        self._start(Job(job_id, blocks.transfer, 0, is_urgent), ops[needed], timeout_s, self._waiting_loads)
+        self._start(Job(job_id, blocks.transfer, 0, is_urgent), ops[needed], keys, timeout_s, self._waiting_loads)
 
     def store(self, job_id: int, blocks: BlockList) -> None:
         """Starts copying the blocks to their DRAM slots."""
         ops = block_ops(OpKind.COPY_OUT, blocks.keys, blocks.columns())
-        self._start(Job(job_id, blocks.transfer, 0), ops, STORE_TIMEOUT_S, self._waiting_others)
+        self._start(Job(job_id, blocks.transfer, 0), ops, blocks.keys, STORE_TIMEOUT_S, self._waiting_others)
 
     def refuse(self, job_id: int, transfer: int, errors: dict[BlockKey, int]) -> None:
         """Ends a job that cannot be carried out: its blocks failed, each with its errno."""
@@ -195,32 +197,32 @@ class Worker:
             self._demote(plan.demotions)
 
     def _demote(self, demotions: tuple[Demotion, ...]) -> None:
-        ops = block_ops(
-            OpKind.WRITE,
-            [demotion.key for demotion in demotions],
-            {name: [getattr(d, name) for d in demotions] for name in ("group", "generation", "dram_slot", "ssd_slot")},
-        )
-        for op, demotion in zip(ops, demotions, strict=True):
-            self._note(op, demotion.key, demotion=demotion.id)
+        keys = [demotion.key for demotion in demotions]
+        columns = {name: [getattr(d, name) for d in demotions] for name in ("group", "generation", "dram_slot", "ssd_slot")}
+        ops = block_ops(OpKind.WRITE, keys, columns)
+        self._note(ops, keys, ((None, demotion.id) for demotion in demotions))
         self._waiting_others.append(Batch(ops, time.monotonic() + DEMOTION_TIMEOUT_S))
         self._push()
 
-    def _start(self, job: Job, ops: np.ndarray, timeout_s: float, waiting: deque[Batch]) -> None:
+    def _start(self, job: Job, ops: np.ndarray, keys: list[BlockKey], timeout_s: float, waiting: deque[Batch]) -> None:
         job.left = len(ops)
         if not len(ops):
             self._finish(job)
             return
         self._jobs[job.id] = job
-        for op in ops:
-            self._note(op, op["key"][: op["key_len"]].tobytes(), job)
+        self._note(ops, keys, repeat((job, 0)))
         waiting.append(Batch(ops, time.monotonic() + timeout_s))
         self._push()
 
-    def _note(self, op: np.ndarray, key: BlockKey, job: Job | None = None, demotion: int = 0) -> None:
-        op["id"] = self._next_op
-        drive = int(op["ssd_slot"]) % self._drives
-        self._pending[self._next_op] = Pending(OpKind(op["kind"]), key, self._group_bytes[op["group"]], drive, job, demotion)
-        self._next_op += 1
+    def _note(self, ops: np.ndarray, keys: list[BlockKey], owners: Iterable[tuple[Job | None, int]]) -> None:
+        """Numbers the operations, and remembers of each what it belongs to: its job, or the number of its demotion."""
+        first = self._next_op
+        self._next_op += len(ops)
+        ops["id"] = np.arange(first, self._next_op)
+        kinds, groups, drives = ops["kind"].tolist(), ops["group"].tolist(), (ops["ssd_slot"] % self._drives).tolist()
+        columns = zip(count(first), kinds, keys, groups, drives, owners, strict=False)  # two of them have no end
+        for number, kind, key, group, drive, (job, demotion) in columns:
+            self._pending[number] = Pending(KINDS[kind], key, self._group_bytes[group], drive, job, demotion)
 
     # -- what became of it -------------------------------------------------------------------------------------
 

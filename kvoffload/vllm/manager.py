@@ -393,15 +393,15 @@ class ManagerAdapter(OffloadingManager):
         if not self._reported:
             for name, *labels in zeros():
                 stats.increase_counter(name, 0, tuple(labels))
-        for (name, *labels), value in self._core.counters.items():
-            increase = value - self._reported.get((name, *labels), 0)
+        for metric, value in self._core.counters.items():
+            increase = value - self._reported.get(metric, 0)
             if increase:
-                stats.increase_counter(name, increase, tuple(labels))
-                self._reported[name, *labels] = value
-        for (name, *labels), value in self._gauges():
-            if self._reported.get((name, *labels)) != value:
-                stats.set_gauge(name, value, tuple(labels))
-                self._reported[name, *labels] = value
+                stats.increase_counter(metric[0], increase, metric[1:])
+                self._reported[metric] = value
+        for metric, value in self._gauges():
+            if self._reported.get(metric) != value:
+                stats.set_gauge(metric[0], value, metric[1:])
+                self._reported[metric] = value
         for name, found in (
             ("kvoffload_transfer_latency_seconds", self._latencies),
             ("kvoffload_load_seconds", self._decisions.load_seconds),
