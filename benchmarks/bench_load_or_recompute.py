@@ -30,6 +30,7 @@ from tiny_models import VOCABULARY, make  # noqa: E402 - found by the line above
 from vllm_process import VllmProcess  # noqa: E402
 
 from benchmarks import load_or_recompute_report as report  # noqa: E402
+from kvoffload.estimates import Why  # noqa: E402
 from kvoffload.layout import slot_bytes  # noqa: E402
 from tests.engine.faulty import FaultPlan, environment  # noqa: E402
 
@@ -37,6 +38,7 @@ BLOCK_TOKENS, BLOCK_BYTES = 32, 2**19  # of the model "llama"
 POOL = {"num_gpu_blocks_override": 320, "max_model_len": 4352}
 SSD_GB = 6.0
 SETTLE_S, WARM_UPS = 60, 3
+PROBE = Why.PROBE.value
 # After a prompt, awake: to end what the answer began. When an engine is asked again the others have rested too, and vLLM's
 # processes no longer ask one another for work, which takes a core for a second after each step (a prompt of 256 tokens takes
 # 0.14 s beside that, 0.09 s later).
@@ -93,6 +95,10 @@ class Contender:
             samples = self.engine.metrics().samples
         name = "kvoffload_load_decisions_total"
         return {f"{of['decision']}, {of['reason']}": value for sample, of, value in samples if sample == name and value}
+
+    def probes(self) -> float:
+        """Prompts of which some was loaded only to see how fast the tier is."""
+        return sum(count for decision, count in self.decisions().items() if decision.endswith(PROBE))
 
 
 @dataclass
@@ -188,8 +194,10 @@ def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[re
                     cell = cells.setdefault((speed.name, tokens, hit), report.Cell(speed.name, tokens, hit))
                     prompt = prompts.of(tokens, hit)
                     turn = (number + len(cells)) % len(contenders)
+                    probes = contenders[-1].probes()
                     for contender in contenders[turn:] + contenders[:turn]:
                         cell.ttft_s[contender.name].append(contender.ask(prompt))
+                    cell.probes += contenders[-1].probes() > probes
                 print(f"{speed.name}, round {number + 1} of {rounds}", flush=True)
             after = contenders[-1].decisions()
             decided[speed.name] = {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name)}

@@ -20,6 +20,7 @@ class Cell:
     tokens: int
     hit: int  # percent
     ttft_s: dict[str, list[float]] = field(default_factory=lambda: {WITHOUT: [], ALWAYS: [], DECIDES: []})
+    probes: int = 0  # of the prompts left to decide about
 
     def median(self, name: str) -> float:
         return statistics.median(self.ttft_s[name])
@@ -39,9 +40,10 @@ class Cell:
 
     @property
     def verdict(self) -> str:
+        probed = f" ({self.probes} of {len(self.ttft_s[DECIDES])} probed)" if self.probes else ""
         if self.ratio(DECIDES) <= GOAL:
-            return "met"
-        return "within noise" if self.ratio(DECIDES) <= self.noise else "**not met**"
+            return "met" + probed
+        return ("within noise" if self.ratio(DECIDES) <= self.noise else "**not met**") + probed
 
     def summary(self) -> dict[str, object]:
         figures = {name: {"median": self.median(name), "all": values} for name, values in self.ttft_s.items()}
