@@ -36,3 +36,32 @@ class KeyMap:
     def __contains__(self, key: bytes, /) -> bool: ...
     def __len__(self) -> int:
         """Rows that have a key."""
+
+class AgeHeaps:
+    """Some of the frames 0 .. frame_count-1, by level and within a level by when they were used last. All calls take the logarithm
+    of the frames, `fill` their number. Memory: 5 bytes a frame, 16 to 32 for each that is there. One thread at a time (the GIL is
+    held throughout).
+    """
+
+    def __new__(cls, frame_count: int) -> AgeHeaps:
+        """Empty. ValueError above 2**30 frames, MemoryError."""
+
+    def put(self, frame: int, used: int, level: int, /) -> None:
+        """The frame is there from now on, or is there with another time or level. IndexError if there is no such frame, or level:
+        there are 128. MemoryError."""
+
+    def drop(self, frame: int, /) -> None:
+        """The frame is not there any more. Nothing if it was not. IndexError if there is no such frame."""
+
+    def least(self, level_worth: float, half_life: float, /) -> int | None:
+        """The frame of which `level * level_worth + used / half_life` is least, of the same age the first; it stays. None if there
+        is none."""
+
+    def fill(self, frames: Buffer, used: Buffer, /) -> None:
+        """`put` at level 0 for each of many: i64, i64. ValueError if they do not fit or any is there."""
+
+    def __contains__(self, frame: int, /) -> bool:
+        """IndexError if there is no such frame."""
+
+    def __len__(self) -> int:
+        """How many are there."""

@@ -46,15 +46,18 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_rows", .m_size = -1, .m_methods = methods};
 
+static int add_type(PyObject *module, PyType_Spec *spec) {
+    PyObject *type = PyType_FromSpec(spec);
+    if (type == NULL) return -1;
+    int status = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return status;
+}
+
 PyMODINIT_FUNC PyInit__rows(void) {
     PyObject *made = PyModule_Create(&definition);
     if (made == NULL) return NULL;
-    PyObject *type = PyType_FromSpec(&kvo_keymap_spec);
-    if (type == NULL || PyModule_AddType(made, (PyTypeObject *)type) != 0) {
-        Py_XDECREF(type);
-        Py_DECREF(made);
-        return NULL;
-    }
-    Py_DECREF(type);
-    return made;
+    if (add_type(made, &kvo_keymap_spec) == 0 && add_type(made, &kvo_ages_spec) == 0) return made;
+    Py_DECREF(made);
+    return NULL;
 }

@@ -3,4 +3,4 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-extern PyType_Spec kvo_keymap_spec;
+extern PyType_Spec kvo_keymap_spec, kvo_ages_spec;

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvoffload.policy.levels import Levels
+from kvoffload._rows import AgeHeaps
+from kvoffload.policy.levels import least_unspared
 from kvoffload.types import BlockKey
 
 
@@ -19,38 +20,44 @@ class Aged(ABC):
     def __init__(self, capacity: int):
         self._used = array("Q", bytes(8 * capacity))  # 0: the frame is empty
         self._level = bytearray(capacity)
-        self._levels = Levels(capacity)  # those that are evictable
+        self._evictable = AgeHeaps(capacity)
 
     @abstractmethod
     def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None: ...
 
     @abstractmethod
-    def victim(self, spared: Callable[[int], bool]) -> int | None: ...
+    def half_life(self) -> float:
+        """In the manager's time."""
+
+    def victim(self, spared: Callable[[int], bool]) -> int | None:
+        return least_unspared(self._evictable, self.half_life(), spared, self._place_of)
+
+    def _place_of(self, frame: int) -> tuple[int, int]:
+        return self._used[frame], self._level[frame]
 
     def recover(self, frames: NDArray[np.int64], used: NDArray[np.int64]) -> None:
         np.frombuffer(self._used, np.uint64)[frames] = used
-        self._levels.fill(frames, used)
+        self._evictable.fill(frames, used)
 
     def hold(self, frame: int) -> None:
-        self._levels.drop(frame)
+        self._evictable.drop(frame)
 
     def release(self, frame: int) -> None:
-        if frame not in self._levels:
-            self._levels.push(frame, self._used[frame], self._level[frame])
+        self._evictable.put(frame, self._used[frame], self._level[frame])
 
     def leave(self, frame: int) -> None:
         self._used[frame] = 0
-        self._levels.drop(frame)
+        self._evictable.drop(frame)
 
     def evict(self, frame: int, key: BlockKey) -> None:
         self._used[frame] = 0
-        self._levels.drop(frame)
+        self._evictable.drop(frame)
 
     def __contains__(self, frame: int) -> bool:
         return self._used[frame] != 0
 
     def evictable(self, frame: int) -> bool:
-        return frame in self._levels
+        return frame in self._evictable
 
     def __len__(self) -> int:
-        return len(self._levels)
+        return len(self._evictable)

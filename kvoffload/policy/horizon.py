@@ -9,14 +9,14 @@ Park, Garthwaite, Ahmad, "Efficient MRC Construction with SHARDS", FAST 2015.
 
 import zlib
 from array import array
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvoffload._rows import AgeHeaps
 from kvoffload.policy.aged import Aged
 from kvoffload.policy.history import History
-from kvoffload.policy.levels import Levels, level_of
+from kvoffload.policy.levels import least, level_of
 from kvoffload.types import BlockKey
 
 HALF_LIVES = (0.25, 1.0, 4.0, 16.0, 64.0)  # that compete, in turnovers: the time in which as many blocks are used as the tier holds
@@ -36,7 +36,7 @@ class Shadow:
         self.score = 0.0
         self._keys = [b""] * capacity  # by frame
         self._frames: dict[BlockKey, int] = {}
-        self._levels = Levels(capacity)
+        self._ages = AgeHeaps(capacity)
 
     def use(self, key: BlockKey, used: int, level: int, turnover: float) -> None:
         frame = self._frames.get(key)
@@ -45,16 +45,12 @@ class Shadow:
         else:
             frame = len(self._frames)
             if frame == len(self._keys):
-                least = self._levels.least(self.half_life * turnover, _nobody)
-                assert least is not None
-                frame = least
+                oldest = least(self._ages, self.half_life * turnover)
+                assert oldest is not None
+                frame = oldest
                 del self._frames[self._keys[frame]]
             self._keys[frame], self._frames[key] = key, frame
-        self._levels.push(frame, used, level)
-
-
-def _nobody(_frame: int) -> bool:
-    return False
+        self._ages.put(frame, used, level)
 
 
 class Horizon(Aged):
@@ -90,8 +86,8 @@ class Horizon(Aged):
             self._used[frame] = now
         else:
             self._count(frame, key, now, (self._used[frame], self._uses[frame]))
-        if frame in self._levels:
-            self._levels.push(frame, now, self._level[frame])
+        if frame in self._evictable:
+            self._evictable.put(frame, now, self._level[frame])
 
     def _count(self, frame: int, key: BlockKey, now: int, known: tuple[int, float] | None) -> None:
         uses, level = 1.0, 0
@@ -117,8 +113,8 @@ class Horizon(Aged):
         for shadow in self._shadows:
             shadow.score *= FADING
 
-    def victim(self, spared: Callable[[int], bool]) -> int | None:
-        return self._levels.least(self._chosen.half_life * self._turnover, spared)
+    def half_life(self) -> float:
+        return self._chosen.half_life * self._turnover
 
     def evict(self, frame: int, key: BlockKey) -> None:
         self._history.put(key, self._used[frame], self._uses[frame])

@@ -1,7 +1,5 @@
 """Least recently used first."""
 
-from collections.abc import Callable
-
 from kvoffload.policy.aged import Aged
 from kvoffload.types import BlockKey
 
@@ -12,8 +10,8 @@ class LRU(Aged):
 
     def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
         self._used[frame] = now
-        if frame in self._levels:
-            self._levels.push(frame, now, 0)
+        if frame in self._evictable:
+            self._evictable.put(frame, now, 0)
 
-    def victim(self, spared: Callable[[int], bool]) -> int | None:
-        return self._levels.least(1.0, spared)  # all are of one level, so that any half-life gives the same order
+    def half_life(self) -> float:
+        return 1.0  # all are of one level, so that any gives the same order
