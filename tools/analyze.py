@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [file for folder in ("csrc", "csrc/index", "tests/engine", "tests/fuzz") for file in sorted((ROOT / folder).glob("*.c"))]
+SOURCES = [file for folder in ("csrc", "tests/engine", "tests/fuzz") for file in sorted((ROOT / folder).rglob("*.c"))]
 DIALECT = (
     *("-std=gnu11", "-pthread", "-DPy_LIMITED_API=0x030B0000", "-DKVO_HAVE_LIBURING=1", "-DFAKE_VERSION=13000"),
     *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'build' / 'include'}", f"-I{sysconfig.get_path('include')}"),
