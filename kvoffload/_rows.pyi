@@ -30,9 +30,6 @@ class KeyMap:
         """`put` for each of many, until one raises. `keys`: of each its length, the key, zeros (types.KEY_ROW); `rows`: as
         many u32."""
 
-    def clear(self) -> None:
-        """All rows are empty now."""
-
     def __contains__(self, key: bytes, /) -> bool: ...
     def __len__(self) -> int:
         """Rows that have a key."""

@@ -51,8 +51,8 @@ class Index:
             self.on_ssd.recover(found)
             for drive in self.drives:
                 rows = found.rows_on(drive.number, len(self.drives))
-                slots = found.slots[rows].astype(np.int64)
-                drive.policy.recover(slots // len(self.drives), rows + 1)
+                slots = found.slots[rows]
+                drive.policy.recover(slots.astype(np.int64) // len(self.drives), rows + 1)
                 drive.pool.claim(slots)
         self._now = len(found)
 

@@ -210,13 +210,6 @@ static PyObject *keymap_fill(KeyMap *self, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-static PyObject *keymap_clear(KeyMap *self, PyObject *unused) {
-    (void)unused;
-    memset(self->buckets, 0, mapped_bytes(self));
-    self->count = 0;
-    Py_RETURN_NONE;
-}
-
 static Py_ssize_t keymap_length(KeyMap *self) { return self->count; }
 
 static PyMethodDef keymap_methods[] = {
@@ -225,7 +218,6 @@ static PyMethodDef keymap_methods[] = {
     {"pop", (PyCFunction)keymap_pop, METH_O, NULL},
     {"key", (PyCFunction)keymap_key, METH_O, NULL},
     {"fill", (PyCFunction)keymap_fill, METH_VARARGS, NULL},
-    {"clear", (PyCFunction)keymap_clear, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

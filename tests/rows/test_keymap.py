@@ -45,11 +45,6 @@ class Machine(RuleBasedStateMachine):
     def pop(self, key):
         assert self.map.pop(key) == self.model.pop(key, None)
 
-    @rule()
-    def clear(self):
-        self.map.clear()
-        self.model.clear()
-
     @invariant()
     def it_is_the_dict(self):
         assert len(self.map) == len(self.model)
