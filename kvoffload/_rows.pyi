@@ -36,8 +36,8 @@ class KeyMap:
 
 class AgeHeaps:
     """Some of the frames 0 .. frame_count-1, by level and within a level by when they were used last. All calls take the logarithm
-    of the frames, `fill` their number. Memory: 5 bytes a frame, 16 to 32 for each that is there. One thread at a time (the GIL is
-    held throughout).
+    of the frames at most, `fill` their number. Memory: 5 bytes a frame, 16 to 32 for each that is there. One thread at a time (the
+    GIL is held throughout).
     """
 
     def __new__(cls, frame_count: int) -> AgeHeaps:

@@ -202,10 +202,10 @@ class Index:
             return slot
         in_dram, promised = self._in_dram, self.promised_dram
 
-        def spared(slot: int) -> bool:
-            block = in_dram[slot]
+        def spared(frame: int) -> bool:
+            block = in_dram[frame]
             assert block is not None
-            return slot in promised or block.key in own and block.ssd is not READY
+            return frame in promised or block.key in own and block.ssd is not READY
 
         slot = self.dram_policy.victim(spared)
         if slot is None:

@@ -12,6 +12,7 @@ NAMESPACE_BYTES = 256 * 1024  # directories, manifest, lock and the smallest jou
 METADATA_SHARE, METADATA_BYTES_MIN = 200, 64  # of a slot: one part of so many, and no less, for the file system
 FLOOR_SHARE, FLOOR_BYTES_MAX = 50, 10 * 2**30  # of a file system: one part of so many, and no more, stays free for others
 SLOTS_MIN = 8  # a tier of fewer blocks than this is of no use
+SLOTS_MAX = 1 << 28  # whose index takes 100 GB of memory
 
 ARENA_PAGE = 2 * 2**20  # arenas are mapped in huge pages
 BOUNCE_STEPS, BOUNCE_BYTES = 6, 2 * 2**30  # per rank, when there is no DRAM tier
@@ -57,7 +58,8 @@ def free_floor(file_system_bytes: int) -> int:
 def ssd_slots(cap_bytes: int, payload_bytes: int, ranks: int, paths: int) -> int:
     """How many blocks fit on SSD when `cap_bytes` covers slot files of all ranks, journal and directories."""
     fixed = NAMESPACE_BYTES * paths + SUPERBLOCK_BYTES * paths * ranks
-    return max(0, (cap_bytes - fixed) // (ranks * ssd_slot_bytes(payload_bytes) + JOURNAL_BYTES_PER_SLOT))
+    fitting = (cap_bytes - fixed) // (ranks * ssd_slot_bytes(payload_bytes) + JOURNAL_BYTES_PER_SLOT)
+    return max(0, min(SLOTS_MAX, fitting))
 
 
 @dataclass(frozen=True)

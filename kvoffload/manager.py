@@ -227,11 +227,15 @@ class BlockManager:
         block.promoter = None
         block.dram = READY
         if error in LATE and drive is not None:
-            drive.set_aside(block.dram_slot)
-            self._index.dram_policy.leave(block.dram_slot)
-            block.dram, block.dram_slot = ABSENT, NO_SLOT
+            self._set_aside(block, drive)
         elif error:
             self._index.drop_dram(block)
+
+    def _set_aside(self, block: Block, drive: Drive) -> None:
+        """A late load may still fill the block's DRAM slot."""
+        drive.set_aside(block.dram_slot)
+        self._index.dram_policy.leave(block.dram_slot)
+        block.dram, block.dram_slot = ABSENT, NO_SLOT
 
     # -- stores ------------------------------------------------------------------------------------------------
 
@@ -451,9 +455,11 @@ class BlockManager:
         """Forgets every block, in DRAM and on SSD. REQUIRES: workers finish all loads and stores in flight before they
         start another."""
         blocks = [*self._blocks.values(), *(block for block, *_ in self._loads.values()), *self._stores.values()]
-        for _, drive, _ in self._loads.values():
+        for block, drive, _ in self._loads.values():
             if drive is not None:
                 drive.loads -= 1
+                if block.promoter is not None and block.dram is MOVING_IN:
+                    self._set_aside(block, drive)  # that may be late already on one rank, of which nobody will tell now
         self._loads.clear()
         self._stores.clear()
         for block in blocks:

@@ -97,15 +97,16 @@ static int put(AgeHeaps *self, Entry entry, uint8_t level) {
 
 static PyObject *ages_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"frame_count", NULL};
-    unsigned long long frame_count;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "K", names, &frame_count)) return NULL;
-    if (frame_count > FRAMES_MAX) return PyErr_Format(PyExc_ValueError, "at most %u frames, not %llu", FRAMES_MAX, frame_count);
+    Py_ssize_t frame_count;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "n", names, &frame_count)) return NULL;
+    if (frame_count < 0 || frame_count > FRAMES_MAX)
+        return PyErr_Format(PyExc_ValueError, "at most %u frames, not %zd", FRAMES_MAX, frame_count);
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     AgeHeaps *self = (AgeHeaps *)allocate(type, 0);
     if (self == NULL) return NULL;
     self->frame_count = (uint32_t)frame_count;
-    self->places = calloc(frame_count + 1, sizeof *self->places); /* + 1: none of 0 bytes is asked for */
-    self->levels = calloc(frame_count + 1, sizeof *self->levels);
+    self->places = calloc((size_t)frame_count + 1, sizeof *self->places); /* + 1: none of 0 bytes is asked for */
+    self->levels = calloc((size_t)frame_count + 1, sizeof *self->levels);
     if (self->places != NULL && self->levels != NULL) return (PyObject *)self;
     Py_DECREF(self);
     return PyErr_NoMemory();
@@ -179,12 +180,17 @@ static int fill(AgeHeaps *self, const Py_buffer *frames, const Py_buffer *used) 
     }
     if (count == 0) return 0;
     if (make_room(&self->heaps[0], (uint32_t)count) != 0) return -1;
+    if (((uintptr_t)frames->buf | (uintptr_t)used->buf) % sizeof(int64_t) != 0) {
+        PyErr_SetString(PyExc_ValueError, "expected aligned numbers");
+        return -1;
+    }
     const int64_t *frame = frames->buf, *time = used->buf;
     for (size_t i = 0; i < count; i++) {
         if (frame[i] < 0 || frame[i] >= self->frame_count || self->places[frame[i]] != 0 || time[i] < 0) {
             PyErr_Format(PyExc_ValueError, "frame %lld at time %lld is no frame, twice there or in no time", frame[i], time[i]);
             return -1;
         }
+        self->levels[frame[i]] = 0; /* it may have had another before */
         self->count++;
         self->heaps[0].count++;
         sift(self, &self->heaps[0], (uint32_t)i, (Entry){.used = (uint64_t)time[i], .frame = (uint32_t)frame[i]});

@@ -87,13 +87,14 @@ static size_t mapped_bytes(const KeyMap *self) {
 
 static PyObject *keymap_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"row_count", "key_bytes", NULL};
-    unsigned long long row_count, key_bytes;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "KK", names, &row_count, &key_bytes)) return NULL;
-    if (row_count > ROWS_MAX) return PyErr_Format(PyExc_ValueError, "at most %u rows, not %llu", ROWS_MAX, row_count);
-    if (key_bytes == 0 || key_bytes > KEY_BYTES_MAX)
-        return PyErr_Format(PyExc_ValueError, "keys of 1 to %d bytes, not %llu", KEY_BYTES_MAX, key_bytes);
+    Py_ssize_t row_count, key_bytes;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "nn", names, &row_count, &key_bytes)) return NULL;
+    if (row_count < 0 || row_count > ROWS_MAX)
+        return PyErr_Format(PyExc_ValueError, "at most %u rows, not %zd", ROWS_MAX, row_count);
+    if (key_bytes < 1 || key_bytes > KEY_BYTES_MAX)
+        return PyErr_Format(PyExc_ValueError, "keys of 1 to %d bytes, not %zd", KEY_BYTES_MAX, key_bytes);
     size_t buckets = 8;
-    while (buckets * 3 < row_count * 4) buckets *= 2;
+    while (buckets * 3 < (size_t)row_count * 4) buckets *= 2;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     KeyMap *self = (KeyMap *)allocate(type, 0);
     if (self == NULL) return NULL;
@@ -148,8 +149,10 @@ static int keymap_contains(KeyMap *self, PyObject *key) {
 static PyObject *keymap_put(KeyMap *self, PyObject *arguments) {
     const char *key;
     Py_ssize_t length;
-    unsigned long long row;
-    if (!PyArg_ParseTuple(arguments, "y#K", &key, &length, &row)) return NULL;
+    PyObject *number;
+    if (!PyArg_ParseTuple(arguments, "y#O", &key, &length, &number)) return NULL;
+    unsigned long long row = PyLong_AsUnsignedLongLong(number);
+    if (PyErr_Occurred()) return NULL;
     if (insert(self, (const uint8_t *)key, (size_t)length, row) != 0) return NULL;
     Py_RETURN_NONE;
 }
@@ -181,15 +184,16 @@ static int fill(KeyMap *self, const Py_buffer *keys, const Py_buffer *rows) {
                      count);
         return -1;
     }
-    const uint8_t *key = keys->buf;
-    const uint32_t *row = rows->buf;
-    for (size_t i = 0; i < count; i++, key += self->row_bytes) {
-        if (i + AHEAD < count) {
-            const uint8_t *next = key + AHEAD * self->row_bytes;
+    const uint8_t *key = keys->buf, *number = rows->buf;
+    for (size_t i = 0; i < count; i++, key += self->row_bytes, number += sizeof(uint32_t)) {
+        const uint8_t *next = key + AHEAD * self->row_bytes;
+        if (i + AHEAD < count && next[0] < self->row_bytes) {
             uint64_t hash = XXH3_64bits_withSeed(next + 1, next[0], self->seed);
             __builtin_prefetch(&self->buckets[hash & self->mask], 1);
         }
-        if (insert(self, key + 1, key[0], row[i]) != 0) return -1;
+        uint32_t row;
+        memcpy(&row, number, sizeof row);
+        if (insert(self, key + 1, key[0], row) != 0) return -1;
     }
     return 0;
 }

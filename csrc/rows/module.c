@@ -1,36 +1,43 @@
 /* module.c - kvoffload._rows: what tables of a million rows need done in C. kvoffload/_rows.pyi is the manual. */
 #include <stdint.h>
+#include <string.h>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "rows.h"
 
+#define ROW_BYTES_MAX 65536 /* so that no product overflows */
+
 typedef struct {
-    size_t row_bytes, begin, end; /* of a row, and what of it is summed */
+    Py_ssize_t row_bytes, begin, end; /* of a row, and what of it is summed */
     uint64_t seed;
 } Sum;
 
-static void sum_rows(const Sum *sum, const uint8_t *rows, uint64_t *sums, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        sums[i] = XXH3_64bits_withSeed(rows + i * sum->row_bytes + sum->begin, sum->end - sum->begin, sum->seed);
+static void sum_rows(const Sum *sum, const uint8_t *rows, uint8_t *sums, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        size_t summed = (size_t)(sum->end - sum->begin);
+        uint64_t found = XXH3_64bits_withSeed(rows + i * sum->row_bytes + sum->begin, summed, sum->seed);
+        memcpy(sums + (size_t)i * sizeof found, &found, sizeof found);
+    }
 }
 
 static PyObject *rows_checksums(PyObject *module, PyObject *arguments) {
     (void)module;
     PyObject *rows, *sums;
     Py_buffer row_view, sum_view;
-    unsigned int row_bytes, begin, end;
+    Sum sum = {0};
     unsigned long long seed;
-    if (!PyArg_ParseTuple(arguments, "OIIIKO", &rows, &row_bytes, &begin, &end, &seed, &sums)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "OnnnKO", &rows, &sum.row_bytes, &sum.begin, &sum.end, &seed, &sums)) return NULL;
+    sum.seed = seed;
     if (PyObject_GetBuffer(rows, &row_view, PyBUF_C_CONTIGUOUS) != 0) return NULL;
     if (PyObject_GetBuffer(sums, &sum_view, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) != 0) {
         PyBuffer_Release(&row_view);
         return NULL;
     }
-    size_t count = (size_t)sum_view.len / sizeof(uint64_t);
-    int fits = begin <= end && end <= row_bytes && (size_t)row_view.len == count * row_bytes;
-    Sum sum = {.row_bytes = row_bytes, .begin = begin, .end = end, .seed = seed};
+    Py_ssize_t count = sum_view.len / (Py_ssize_t)sizeof(uint64_t);
+    int is_range = 0 <= sum.begin && sum.begin <= sum.end && sum.end <= sum.row_bytes && sum.row_bytes <= ROW_BYTES_MAX;
+    int fits = is_range && row_view.len == count * sum.row_bytes;
     if (fits) sum_rows(&sum, row_view.buf, sum_view.buf, count);
     else PyErr_SetString(PyExc_ValueError, "expected as many rows of row_bytes as sums, and begin and end in a row");
     PyBuffer_Release(&sum_view);

@@ -39,7 +39,8 @@ class EvictionPolicy(Protocol):
         """The block is gone, other than by eviction. Nothing if the frame is empty."""
 
     def victim(self, spared: Callable[[int], bool]) -> int | None:
-        """The frame of the next block to evict, leaving those that are held or `spared`; None if there is none."""
+        """The frame of the next block to evict, leaving those that are held or `spared`; None if there is none, or
+        none but behind hundreds that are spared."""
 
     def evict(self, frame: int, key: BlockKey) -> None:
         """The block is evicted. REQUIRES: the frame is what `victim` said last, and nothing was called since."""

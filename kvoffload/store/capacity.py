@@ -18,7 +18,6 @@ from ..layout import (
     ssd_slot_bytes,
     ssd_slots,
 )
-from ..types import NO_SLOT
 from . import digests
 from .directory import Directory
 from .namespace import LOCK, ROOT_LOCK, Manifest, holder, is_held, is_namespace
@@ -94,7 +93,7 @@ class Geometry:
 
     def slots(self, budget: int) -> int:
         """Blocks that fit `budget` bytes over all paths and ranks."""
-        return min(NO_SLOT - 1, ssd_slots(budget, self.payload_bytes, self.ranks, self.paths))
+        return ssd_slots(budget, self.payload_bytes, self.ranks, self.paths)
 
     def path_bytes(self, path_index: int, slot_count: int) -> int:
         """Bytes on one path once every slot has been written."""

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.policy.history import History
+from kvoffload.policy.levels import PASSED_MAX
 from tests.policy import models
 
 CAPACITY = 12
@@ -133,7 +134,7 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_victims_are_those_of_the_model_and_never_held_exempt_or_absent(name):
+def test_victims_are_those_of_the_model_and_never_held_spared_or_absent(name):
     machine = type(f"Machine_{name}", (Machine,), {"name": name})
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=50, print_blob=True))
 
@@ -203,3 +204,16 @@ def test_history_remembers_a_key_that_came_back_from_its_last_time():
     history.put(b"c", 4, 1.0)  # in the place that the first had
     assert history.take(b"a") == (3, 2.0)
     assert history.take(b"b") == (2, 1.0)
+
+
+@pytest.mark.parametrize("name", ["lru", "horizon"])
+def test_an_eviction_by_age_passes_over_hundreds_of_spared_blocks_and_no_more(name):
+    """It is asked for each of a load's blocks, in a step of the scheduler."""
+    policy, asked = POLICIES[name](1000), []
+    for frame in range(1000):
+        policy.enter(frame, frame.to_bytes(16, "big"), 1 + frame, 0)
+        policy.release(frame)
+    assert policy.victim(lambda frame: asked.append(frame) or frame < 800) is None
+    assert len(asked) <= PASSED_MAX + 1
+    assert policy.victim(lambda frame: frame < PASSED_MAX - 1) == PASSED_MAX - 1
+    assert len(policy) == 1000 and policy.victim(nobody) == 0

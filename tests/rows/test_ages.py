@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from kvoffload._rows import AgeHeaps
 
@@ -33,10 +33,20 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(frames=st.lists(st.integers(0, FRAMES - 1), unique=True), order=st.randoms())
     def fill(self, frames, order):
-        used = order.sample(range(1, 1000), len(frames))
+        used = order.sample(range(self.now + 1, self.now + 1000), len(frames))
         self.ages.fill(np.array(frames, np.int64), np.array(used, np.int64))
         self.there = {frame: (time, 0) for frame, time in zip(frames, used, strict=True)}
-        self.now = 1000
+        self.now += 1000
+
+    @precondition(lambda self: not self.there)
+    @rule(frames=st.lists(st.integers(0, FRAMES - 1), unique=True), order=st.randoms())
+    def fill_again(self, frames, order):
+        self.fill(frames, order)
+
+    @rule()
+    def drop_all(self):
+        for frame in list(self.there):
+            self.drop(frame)
 
     @rule(frame=st.integers(0, FRAMES - 1), ago=st.integers(0, 900), level=LEVELS)
     def put(self, frame, ago, level):
@@ -149,7 +159,16 @@ def test_without_frames_there_is_no_least():
     assert ages.least(1.0, 1.0) is None and len(ages) == 0
 
 
-@pytest.mark.parametrize("frames", [(1 << 30) + 1, 1 << 63])
+def test_a_frame_that_had_a_level_before_has_none_when_it_is_filled_in():
+    ages = AgeHeaps(4)
+    ages.put(0, 1, 5)
+    ages.drop(0)
+    ages.fill(np.array([0], np.int64), np.array([1], np.int64))
+    ages.drop(0)
+    assert len(ages) == 0 and ages.least(0.0, 1.0) is None
+
+
+@pytest.mark.parametrize("frames", [(1 << 30) + 1, 1 << 63, 1 << 64, -1])
 def test_too_many_frames_are_refused(frames):
-    with pytest.raises(ValueError, match="at most"):
+    with pytest.raises((ValueError, OverflowError)):
         AgeHeaps(frames)
