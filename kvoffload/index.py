@@ -119,13 +119,14 @@ class Index:
         if block.dram is not ABSENT:
             self.dram_policy.leave(block.dram_slot)
         if block.ssd is not ABSENT:
-            self._leave_ssd(block.ssd_slot)
+            self.leave_ssd(block.ssd_slot)
         if block.ssd is READY:
             self.on_ssd.remove(block.key)
             if journal:
                 self._journal.delete(block.key, block.ssd_slot)
 
-    def _leave_ssd(self, slot: int) -> None:
+    def leave_ssd(self, slot: int) -> None:
+        """The drive's policy forgets what is in the slot, if it knows of it."""
         policy, frame = self.drives.frame(slot)
         policy.leave(frame)
 
@@ -137,9 +138,13 @@ class Index:
         """All that is cold, of which the journal is not told."""
         for key, slot in self.on_ssd.items():
             if key not in self.blocks:
-                self._leave_ssd(slot)
+                self.leave_ssd(slot)
                 self.drives.of(slot).pool.give_back(slot)
                 self.on_ssd.remove(key)
+
+    def end_promises(self) -> None:
+        self.promised_dram.clear()
+        self.promised_ssd.clear()
 
     def tick(self) -> int:
         self._now += 1
@@ -188,7 +193,7 @@ class Index:
 
     def drop_ssd(self, block: Block) -> None:
         if block.ssd is READY:
-            self._leave_ssd(block.ssd_slot)
+            self.leave_ssd(block.ssd_slot)
             if not block.gone:  # else a younger block of the same key may be there
                 self.on_ssd.remove(block.key)
             self.drives.of(block.ssd_slot).pool.give_back(block.ssd_slot)

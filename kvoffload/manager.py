@@ -390,8 +390,7 @@ class BlockManager:
 
     def _demotion_failed(self, block: Block, drive: Drive, error: int) -> None:
         self.counters["kvoffload_demotion_failures_total", errno.errorcode.get(error, str(error))] += 1
-        policy, frame = self._drives.frame(block.ssd_slot)
-        policy.leave(frame)
+        self._index.leave_ssd(block.ssd_slot)
         drive.pool.give_back(block.ssd_slot, last=True)  # the drive may hang just there
         block.ssd, block.ssd_slot = ABSENT, NO_SLOT
         if error == errno.EBADMSG:
@@ -447,8 +446,7 @@ class BlockManager:
 
     def end_step(self) -> None:
         """Lookups of this step whose blocks were not loaded lose their promise."""
-        self._index.promised_dram.clear()
-        self._index.promised_ssd.clear()
+        self._index.end_promises()
         self._drives.forget_trials()
 
     def reset(self) -> None:
@@ -469,8 +467,7 @@ class BlockManager:
                 block.dram = READY
             self._index.forget_and_settle(block, journal=False)
         self._index.forget_cold()
-        self._index.promised_dram.clear()
-        self._index.promised_ssd.clear()
+        self._index.end_promises()
         self._admission.reset()
         self._journal.clear()
 

@@ -6,7 +6,6 @@
  * million frames that takes a second, in which no request is scheduled. */
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "rows.h"
 
@@ -179,11 +178,11 @@ static int fill(AgeHeaps *self, const Py_buffer *frames, const Py_buffer *used) 
         return -1;
     }
     if (count == 0) return 0;
-    if (make_room(&self->heaps[0], (uint32_t)count) != 0) return -1;
     if (((uintptr_t)frames->buf | (uintptr_t)used->buf) % sizeof(int64_t) != 0) {
         PyErr_SetString(PyExc_ValueError, "expected aligned numbers");
         return -1;
     }
+    if (make_room(&self->heaps[0], (uint32_t)count) != 0) return -1;
     const int64_t *frame = frames->buf, *time = used->buf;
     for (size_t i = 0; i < count; i++) {
         if (frame[i] < 0 || frame[i] >= self->frame_count || self->places[frame[i]] != 0 || time[i] < 0) {
@@ -202,11 +201,7 @@ static PyObject *ages_fill(AgeHeaps *self, PyObject *arguments) {
     PyObject *frames, *used;
     Py_buffer frame_view, used_view;
     if (!PyArg_ParseTuple(arguments, "OO", &frames, &used)) return NULL;
-    if (PyObject_GetBuffer(frames, &frame_view, PyBUF_C_CONTIGUOUS) != 0) return NULL;
-    if (PyObject_GetBuffer(used, &used_view, PyBUF_C_CONTIGUOUS) != 0) {
-        PyBuffer_Release(&frame_view);
-        return NULL;
-    }
+    if (get_buffers(frames, &frame_view, used, &used_view, 0) != 0) return NULL;
     int status = fill(self, &frame_view, &used_view);
     PyBuffer_Release(&used_view);
     PyBuffer_Release(&frame_view);

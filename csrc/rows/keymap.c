@@ -202,11 +202,7 @@ static PyObject *keymap_fill(KeyMap *self, PyObject *arguments) {
     PyObject *keys, *rows;
     Py_buffer key_view, row_view;
     if (!PyArg_ParseTuple(arguments, "OO", &keys, &rows)) return NULL;
-    if (PyObject_GetBuffer(keys, &key_view, PyBUF_C_CONTIGUOUS) != 0) return NULL;
-    if (PyObject_GetBuffer(rows, &row_view, PyBUF_C_CONTIGUOUS) != 0) {
-        PyBuffer_Release(&key_view);
-        return NULL;
-    }
+    if (get_buffers(keys, &key_view, rows, &row_view, 0) != 0) return NULL;
     int status = fill(self, &key_view, &row_view);
     PyBuffer_Release(&row_view);
     PyBuffer_Release(&key_view);

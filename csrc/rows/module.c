@@ -30,11 +30,7 @@ static PyObject *rows_checksums(PyObject *module, PyObject *arguments) {
     unsigned long long seed;
     if (!PyArg_ParseTuple(arguments, "OnnnKO", &rows, &sum.row_bytes, &sum.begin, &sum.end, &seed, &sums)) return NULL;
     sum.seed = seed;
-    if (PyObject_GetBuffer(rows, &row_view, PyBUF_C_CONTIGUOUS) != 0) return NULL;
-    if (PyObject_GetBuffer(sums, &sum_view, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) != 0) {
-        PyBuffer_Release(&row_view);
-        return NULL;
-    }
+    if (get_buffers(rows, &row_view, sums, &sum_view, PyBUF_WRITABLE) != 0) return NULL;
     Py_ssize_t count = sum_view.len / (Py_ssize_t)sizeof(uint64_t);
     int is_range = 0 <= sum.begin && sum.begin <= sum.end && sum.end <= sum.row_bytes && sum.row_bytes <= ROW_BYTES_MAX;
     int fits = is_range && row_view.len == count * sum.row_bytes;

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvoffload._rows import AgeHeaps
-from kvoffload.policy.levels import least_unspared
+from kvoffload.policy.levels import least
 from kvoffload.types import BlockKey
+
+PASSED_MAX = 256  # spared frames in a row, before nothing is evicted: each slot that is asked for would pass over all of them again
 
 
 class Aged(ABC):
@@ -30,10 +32,16 @@ class Aged(ABC):
         """In the manager's time."""
 
     def victim(self, spared: Callable[[int], bool]) -> int | None:
-        return least_unspared(self._evictable, self.half_life(), spared, self._place_of)
-
-    def _place_of(self, frame: int) -> tuple[int, int]:
-        return self._used[frame], self._level[frame]
+        evictable, half_life = self._evictable, self.half_life()
+        passed: list[int] = []
+        frame = least(evictable, half_life)
+        while frame is not None and len(passed) < PASSED_MAX and spared(frame):
+            passed.append(frame)
+            evictable.drop(frame)
+            frame = least(evictable, half_life)
+        for other in passed:
+            self.release(other)
+        return frame if len(passed) < PASSED_MAX else None
 
     def recover(self, frames: NDArray[np.int64], used: NDArray[np.int64]) -> None:
         np.frombuffer(self._used, np.uint64)[frames] = used
@@ -50,8 +58,7 @@ class Aged(ABC):
         self._evictable.drop(frame)
 
     def evict(self, frame: int, key: BlockKey) -> None:
-        self._used[frame] = 0
-        self._evictable.drop(frame)
+        self.leave(frame)
 
     def __contains__(self, frame: int) -> bool:
         return self._used[frame] != 0

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from kvoffload.policy import DEFAULT, POLICIES
+from kvoffload.policy.aged import PASSED_MAX
 from kvoffload.policy.history import History
-from kvoffload.policy.levels import PASSED_MAX
 from tests.policy import models
 
 CAPACITY = 12
