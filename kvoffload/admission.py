@@ -45,14 +45,19 @@ class SecondTouch:
 
 
 class Budget:
-    """A token bucket, in bytes of all ranks. It starts half full: a restart gives half an hour's worth, not a new day's."""
+    """A token bucket, in bytes of all ranks. The first starts half full. What a life before this one left is not known, so the next
+    starts with what was saved up since that wrote, half at most: else one restarted every minute would write without end.
+    """
 
-    def __init__(self, bytes_per_day: float, block_bytes: int, clock: Callable[[], float]):
+    def __init__(self, bytes_per_day: float, block_bytes: int, clock: Callable[[], float], idle_s: float | None = None):
+        """idle_s: since a life before this one may have written; None: there was none."""
         self.block_bytes = block_bytes
         self.rate = bytes_per_day / DAY_S
         self.burst = max(self.rate * BURST_S, float(BURST_BLOCKS_MIN * block_bytes))
         self._clock = clock
         self._level = self.burst / 2
+        if idle_s is not None:
+            self._level = min(self._level, self.rate * max(0.0, idle_s))
         self._at = clock()
 
     def left(self) -> float:
@@ -144,9 +149,17 @@ class Admission:
             self.ghosts.clear()
 
 
-def chosen(kind: Admissions, bytes_per_day: float | None, block_bytes: int, slots: int, clock: Callable[[], float]) -> Admission:
-    """What a user's settings say. `block_bytes`: of a slot on all ranks. `slots`: of all tiers. `clock`: in seconds."""
-    budget = None if bytes_per_day is None else Budget(bytes_per_day, block_bytes, clock)
+def chosen(
+    kind: Admissions,
+    bytes_per_day: float | None,
+    block_bytes: int,
+    slots: int,
+    clock: Callable[[], float],
+    idle_s: float | None = None,
+) -> Admission:
+    """What a user's settings say. `block_bytes`: of a slot on all ranks. `slots`: of all tiers. `clock`: in seconds. `idle_s`: see
+    Budget."""
+    budget = None if bytes_per_day is None else Budget(bytes_per_day, block_bytes, clock, idle_s)
     policy = AdmitAll() if kind == "all" else SecondTouch()
     return Admission(policy, budget, GHOSTS_PER_SLOT * slots)
 

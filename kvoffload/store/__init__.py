@@ -84,6 +84,12 @@ class Store:
             own_directories=OWN_DIRECTORIES,
         )
 
+    @property
+    def idle_s(self) -> float | None:
+        """Seconds by the wall clock from when a life before this one wrote its index last to this one's start, below 0 if the clock
+        was set back; None if there was none."""
+        return self._opened.idle_s
+
     def table(self) -> BlockTable:
         """The blocks on SSD; changes still queued are not in it."""
         return self._writer.table()

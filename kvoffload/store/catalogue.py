@@ -167,11 +167,7 @@ def _patiently(directory: Directory, action: Callable[[], T]) -> tuple[T | None,
 def last_use(directory: Directory) -> float:
     """When the namespace was last opened (its lock and its journal are written then) or its index last changed."""
     times = [os.fstat(directory.fd).st_mtime]
-    for name in (LOCK, journal.NAME):
-        try:
-            times.append(os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_mtime)
-        except FileNotFoundError:
-            continue
+    times += [changed_at for name in (LOCK, journal.NAME) if (changed_at := directory.changed_at(name)) is not None]
     return max(times)
 
 

@@ -165,6 +165,14 @@ class Directory:
         with self.located(name), os.fdopen(fd, "rb") as file:
             return file.read(limit)
 
+    def changed_at(self, name: str) -> float | None:
+        """When the file's content last changed, in seconds of the wall clock; None if there is no such file."""
+        try:
+            with self.located(name):
+                return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mtime
+        except FileNotFoundError:
+            return None
+
     def replace(self, name: str, chunks: Iterable[bytes]) -> int:
         """Put a new durable file in place of `name` in one step; returns its descriptor, open to read and write."""
         temporary = name + TEMPORARY_SUFFIX

@@ -40,6 +40,7 @@ class Opened:
     reserved_bytes: int
     resumed: int  # blocks
     epoch: int
+    idle_s: float | None  # since a life before this one wrote its journal; None: there was none
     writer: JournalWriter
 
 
@@ -71,6 +72,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
                 locks.append(lock)
         places = _places(directories, identity, payload_bytes, ranks)
         with explained(places[0].directory.path):
+            written_at = places[0].directory.changed_at(journal.NAME)
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
             obsolete = _obsolete(config, roots, identity)
@@ -98,6 +100,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
             reserved_bytes=geometry.total_bytes(slot_count),
             resumed=len(found.blocks),
             epoch=found.epoch + 1,
+            idle_s=None if written_at is None else time.time() - written_at,
             writer=writer,
         )
 

@@ -143,7 +143,8 @@ class ManagerAdapter(OffloadingManager):
         self._block_bytes = ranks * slot
         folders = [os.path.dirname(path) for path in self._attach[0].paths] if self._attach else ["none"]
         budget, slots = write_budget(settings, geometry), dram.slots + ssd_slots
-        self._admission = admission.chosen(settings.ssd_admission, budget, self._block_bytes, slots, time.monotonic)
+        idle_s = self._store.idle_s if self._store else None
+        self._admission = admission.chosen(settings.ssd_admission, budget, self._block_bytes, slots, time.monotonic, idle_s)
         self._core = BlockManager(
             dram.slots, ssd_slots, ranks, journal,
             block_bytes=self._block_bytes, dram_is_tier=dram.is_tier, recovered=recovered, admission=self._admission,

@@ -39,15 +39,17 @@ def unlimited(books: Books) -> None:
 @given(
     st.integers(1, 10**15),
     st.integers(1, 10**9),
-    st.lists(st.tuples(st.floats(-1e5, 1e5), st.integers(0, 40)), max_size=40),
+    st.lists(st.tuples(st.floats(-1e5, 1e5), st.integers(0, 40), st.booleans()), max_size=40),
 )
-def test_no_window_holds_more_than_its_time_gives_and_one_burst(per_day, block, steps):
+def test_no_window_holds_more_than_its_time_gives_and_one_burst_however_often_the_process_starts(per_day, block, steps):
     now, clock = 0.0, [0.0]
     budget = Budget(per_day, block, lambda: clock[0])
     written = []  # how far the clock ever went forward, and bytes
-    for jump, wanted in steps:
+    for jump, wanted, restarts in steps:
         clock[0] += jump
         now += max(0.0, jump)
+        if restarts and written:
+            budget = Budget(per_day, block, lambda: clock[0], now - written[-1][0])
         for _ in range(wanted):
             if budget.allows(0):
                 budget.take()
@@ -77,9 +79,14 @@ def test_a_clock_that_goes_backwards_adds_nothing_and_takes_nothing():
     assert budget.left() == pytest.approx(before + 1)
 
 
-def test_a_new_process_begins_with_half_a_burst():
+def test_a_first_process_begins_with_half_a_burst():
     budget = Budget(24 * 100, 1, lambda: 0.0)
     assert budget.left() == budget.burst / 2 == 50
+
+
+@pytest.mark.parametrize("idle_s, left", [(-5.0, 0), (0.0, 0), (36.0, 1), (1800.0, 50), (1e9, 50)])
+def test_a_process_that_follows_another_begins_with_what_was_saved_up_since_and_half_a_burst_at_most(idle_s, left):
+    assert Budget(24 * 100, 1, lambda: 0.0, idle_s).left() == pytest.approx(left)
 
 
 def test_the_smallest_budget_still_writes_some():

@@ -311,11 +311,12 @@ def test_what_every_rank_reports_is_one_histogram_and_queues_are_gauges():
     assert "kvoffload_transfer_latency_seconds" not in found
 
 
-def test_writes_stay_within_the_budget_and_its_metrics_say_so(tmp_path, monkeypatch):
+def test_writes_stay_within_the_budget_and_its_metrics_say_so_over_a_restart_too(tmp_path, monkeypatch):
     monkeypatch.setattr("kvoffload.store.wear.find_nvme", lambda: None)
     block = slot_bytes(PAYLOAD)
-    per_hour = 24 * 16 * block / 1e9  # sixteen blocks, of which half are there at start
-    manager = adapter(nvme_path=str(tmp_path), ssd_kv_offload_gb=0.01, ssd_write_gb_per_day=per_hour)
+    per_day = 24 * 16 * block / 1e9  # an hour's are sixteen blocks, of which half are there at start
+    settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.01, "ssd_write_gb_per_day": per_day}
+    manager = adapter(**settings)
 
     def write(demotions) -> dict:
         manager.take_in(TransferReport(demoted=dict.fromkeys((demotion.id for demotion in demotions), 1)))
@@ -335,6 +336,13 @@ def test_writes_stay_within_the_budget_and_its_metrics_say_so(tmp_path, monkeypa
     assert stats["kvoffload_write_budget_left_bytes"] == {(): 0}
     assert stats["kvoffload_ssd_written_today_bytes"] == {(): 8 * block}
     assert stats["kvoffload_useful_write_ratio"] == {(): 0}
+    manager.shutdown()
+
+    manager = adapter(**settings, resume_kv_cache=False)  # for no engine wrote a slot; minutes would have to pass for a block
+    third, others = request(manager, "r3", 12, prompt=b"q")
+    store(manager, third, others)
+    assert not end_step(manager).demotions
+    assert manager.get_stats().data["data"]["kvoffload_write_budget_left_bytes"] == {(): 0}
     manager.shutdown()
 
 

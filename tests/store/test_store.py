@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,20 @@ def test_a_start_goes_on_with_the_journal_it_finds_unless_it_grew_long(tmp_path:
     with open_store(tmp_path) as store:
         assert path.stat().st_size == journal.HEADER_BYTES + 5 * journal.RECORD_BYTES
         assert [entry.slot for entry in store.table()] == list(range(5))
+
+
+def test_a_start_tells_how_long_ago_the_index_was_written_last(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        assert store.idle_s is None
+        write_blocks(store, [0])
+    path = namespace_of(tmp_path) / "index.journal"
+    for ago in (1000.0, -1000.0):
+        at = time.time() - ago
+        os.utime(path, (at, at))
+        with open_store(tmp_path, resume_kv_cache=ago > 0) as store:
+            assert store.idle_s is not None and 0 <= store.idle_s - ago < PATIENCE_S
+    with open_store(tmp_path) as store:  # a start writes it, too
+        assert store.idle_s is not None and 0 <= store.idle_s < PATIENCE_S
 
 
 def test_clear_forgets_everything(tmp_path: Path) -> None:
