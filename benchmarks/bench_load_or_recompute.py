@@ -1,7 +1,8 @@
 """Time to first token of a real vLLM: without kvoffload, with it told to load whatever it holds, and with it left to decide.
 
-Four engines run side by side and take turns at each prompt, the others stopped while one works; each turn another begins.
-Two of them are without kvoffload, for two that are started alike differ by up to a tenth, each time the same one.
+Four engines run side by side and take turns at each prompt, the others stopped while one works, in random order.
+Two of them are without kvoffload, for two that are started alike differ by up to a tenth, each time the same one. So the one
+that decides is also told to recompute, in turns of its own: beside that it shows what deciding costs, whatever engine it is.
 The drive is as fast as it is, slowed to a tenth and a hundredth by the tests' fault layer (requests are served one after
 the other, each for as much longer than a block of this size takes here), or stalled, so that it answers nothing. Of a prompt
 nothing, half or all is on SSD and nowhere else: there is no DRAM tier, and the GPU pool forgets all before each prompt. What
@@ -69,6 +70,7 @@ class Contender:
     name: str
     engine: VllmProcess
     params: dict[str, str] | None = None
+    is_second: bool = False  # of an engine that is asked under another name, too
 
     def ask(self, prompt: list[int]) -> float:
         with self.engine.awake():
@@ -94,7 +96,8 @@ class Contender:
         with self.engine.awake():
             samples = self.engine.metrics().samples
         name = "kvoffload_load_decisions_total"
-        return {f"{of['decision']}, {of['reason']}": value for sample, of, value in samples if sample == name and value}
+        found = [(of, value) for sample, of, value in samples if sample == name and value]
+        return {f"{of['decision']}, {of['reason']}": value for of, value in found if of["reason"] != Why.ASKED.value}
 
     def probes(self) -> float:
         """Prompts of which some was loaded only to see how fast the tier is."""
@@ -157,11 +160,13 @@ def start(stack: ExitStack, folder: Path, plan: FaultPlan) -> list[Contender]:
         path.mkdir()
         return engine(name, {"nvme_path": str(path), "ssd_kv_offload_gb": SSD_GB})
 
+    always, decides = offloading("always"), offloading("decides")
     return [
         Contender(report.WITHOUT, engine("without", None)),
         Contender(report.WITHOUT, engine("without too", None)),
-        Contender(report.ALWAYS, offloading("always"), {"kvoffload": "load"}),
-        Contender(report.DECIDES, offloading("decides")),
+        Contender(report.ALWAYS, always, {"kvoffload": "load"}),
+        Contender(report.RECOMPUTES, decides, {"kvoffload": "recompute"}, is_second=True),
+        Contender(report.DECIDES, decides),
     ]
 
 
@@ -169,6 +174,8 @@ def warm_up(contenders: list[Contender], prompts: Prompts, shape: Shape) -> None
     """Stores what will be hit, and lets each process take its first long prompts, which are slower."""
     prompts.kept = {tokens: prompts.fresh(tokens) for tokens in shape.tokens}
     for contender in contenders:
+        if contender.is_second:
+            continue
         for tokens in shape.tokens:
             contender.ask(prompts.kept[tokens])
         if contender.name != report.WITHOUT:
@@ -193,10 +200,11 @@ def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[re
                 for tokens, hit in rng.sample(grid := [(t, h) for t in shape.tokens for h in shape.hits], len(grid)):
                     cell = cells.setdefault((speed.name, tokens, hit), report.Cell(speed.name, tokens, hit))
                     prompt = prompts.of(tokens, hit)
-                    turn = (number + len(cells)) % len(contenders)
                     probes = contenders[-1].probes()
-                    for contender in contenders[turn:] + contenders[:turn]:
-                        cell.ttft_s[contender.name].append(contender.ask(prompt))
+                    for contender in rng.sample(contenders, len(contenders)):
+                        # What an engine was asked before it holds.
+                        asked = prompts.of(tokens, hit) if contender.is_second else prompt
+                        cell.ttft_s[contender.name].append(contender.ask(asked))
                     cell.probes += contenders[-1].probes() > probes
                 print(f"{speed.name}, round {number + 1} of {rounds}", flush=True)
             after = contenders[-1].decisions()
