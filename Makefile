@@ -53,8 +53,8 @@ analyze: setup ## clang's warnings and static analysers on all C, tests included
 docs: setup ## the documentation as a site, in build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
-bench: setup ## the benchmarks (40 minutes; the drive's needs fio)
-	@for benchmark in drive loads_first small_costs decisions zero_hit load_or_recompute; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done
+bench: setup ## the benchmarks (50 minutes; the drive's needs fio)
+	@for benchmark in drive loads_first small_costs decisions policies zero_hit load_or_recompute; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done
 	@$(BIN)/python -m pytest -q --benchmark-enable --benchmark-columns=min,median,max,rounds benchmarks $(ARGS)
 
 bench-gpu: setup ## the CUDA path on a real GPU: bytes, rates, and what copies cost compute

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvoffload import admission
+from kvoffload.admission import Admission, chosen
 from kvoffload.config import Admissions
 from kvoffload.manager import BlockManager, NoJournal
 from kvoffload.policy import EvictionPolicy
@@ -40,13 +40,15 @@ class Replay:
         policy: Callable[[int], EvictionPolicy],
         ssd_admission: Admissions = "all",
         ssd_blocks_per_day: float | None = None,
+        admission: Admission | None = None,
     ):
+        """`admission`: instead of what the two before it say."""
         self.result = Result()
         self._now = 0.0  # seconds of the trace
         slots = dram_slots + ssd_slots
         self._manager = BlockManager(
             dram_slots or BOUNCE_SLOTS, ssd_slots, 1, NoJournal(), block_bytes=0, dram_is_tier=dram_slots > 0, policy=policy,
-            admission=admission.chosen(ssd_admission, ssd_blocks_per_day, 1, slots, lambda: self._now),
+            admission=admission or chosen(ssd_admission, ssd_blocks_per_day, 1, slots, lambda: self._now),
             clock=lambda: self._now,
         )  # fmt: skip
         self._unread: set[BlockKey] = set()  # written to SSD and not read since
