@@ -70,7 +70,6 @@ class Contender:
     name: str
     engine: VllmProcess
     params: dict[str, str] | None = None
-    is_second: bool = False  # of an engine that is asked under another name, too
 
     def ask(self, prompt: list[int]) -> float:
         with self.engine.awake():
@@ -96,8 +95,11 @@ class Contender:
         with self.engine.awake():
             samples = self.engine.metrics().samples
         name = "kvoffload_load_decisions_total"
-        found = [(of, value) for sample, of, value in samples if sample == name and value]
-        return {f"{of['decision']}, {of['reason']}": value for of, value in found if of["reason"] != Why.ASKED.value}
+        return {
+            f"{of['decision']}, {of['reason']}": value
+            for sample, of, value in samples
+            if sample == name and value and of["reason"] != Why.ASKED.value
+        }
 
     def probes(self) -> float:
         """Prompts of which some was loaded only to see how fast the tier is."""
@@ -165,7 +167,7 @@ def start(stack: ExitStack, folder: Path, plan: FaultPlan) -> list[Contender]:
         Contender(report.WITHOUT, engine("without", None)),
         Contender(report.WITHOUT, engine("without too", None)),
         Contender(report.ALWAYS, always, {"kvoffload": "load"}),
-        Contender(report.RECOMPUTES, decides, {"kvoffload": "recompute"}, is_second=True),
+        Contender(report.RECOMPUTES, decides, {"kvoffload": "recompute"}),
         Contender(report.DECIDES, decides),
     ]
 
@@ -174,8 +176,8 @@ def warm_up(contenders: list[Contender], prompts: Prompts, shape: Shape) -> None
     """Stores what will be hit, and lets each process take its first long prompts, which are slower."""
     prompts.kept = {tokens: prompts.fresh(tokens) for tokens in shape.tokens}
     for contender in contenders:
-        if contender.is_second:
-            continue
+        if contender.name == report.RECOMPUTES:
+            continue  # its engine is the one that decides
         for tokens in shape.tokens:
             contender.ask(prompts.kept[tokens])
         if contender.name != report.WITHOUT:
@@ -199,12 +201,10 @@ def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[re
             for number in range(rounds):
                 for tokens, hit in rng.sample(grid := [(t, h) for t in shape.tokens for h in shape.hits], len(grid)):
                     cell = cells.setdefault((speed.name, tokens, hit), report.Cell(speed.name, tokens, hit))
-                    prompt = prompts.of(tokens, hit)
                     probes = contenders[-1].probes()
                     for contender in rng.sample(contenders, len(contenders)):
-                        # What an engine was asked before it holds.
-                        asked = prompts.of(tokens, hit) if contender.is_second else prompt
-                        cell.ttft_s[contender.name].append(contender.ask(asked))
+                        # Each its own: what an engine was asked before, under whatever name, it holds.
+                        cell.ttft_s[contender.name].append(contender.ask(prompts.of(tokens, hit)))
                     cell.probes += contenders[-1].probes() > probes
                 print(f"{speed.name}, round {number + 1} of {rounds}", flush=True)
             after = contenders[-1].decisions()

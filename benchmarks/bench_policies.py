@@ -18,7 +18,7 @@ from benchmarks.policies_report import report
 from benchmarks.workloads import WORKLOADS, generated, halves
 from kvoffload.admission import DAY_S
 from kvoffload.cli.replay import Replay, Result
-from kvoffload.cli.simulate import SHARES, sweep_rates
+from kvoffload.cli.simulate import SHARES, run, sweep_rates
 from kvoffload.cli.traces import Trace, read
 from kvoffload.config import Admissions
 from kvoffload.policy import DEFAULT, POLICIES
@@ -61,14 +61,13 @@ def slots(trace: Trace, share: int) -> int:
 def stretched(trace: Trace) -> Trace:
     """To a day, so that the hour's worth that a budget may save up is a part of it."""
     first, last = trace.seconds[0], trace.seconds[-1]
+    if last <= first:
+        raise SystemExit("a budget is by the day, and the trace does not tell when requests came: give one with timestamps")
     return trace._replace(seconds=[(second - first) * DAY_S / (last - first) for second in trace.seconds])
 
 
 def played(trace: Trace, dram: int, ssd: int, admission: Admissions = "all", budget: float | None = None) -> Result:
-    replay = Replay(dram, ssd, POLICIES[DEFAULT], admission, budget)
-    for keys, second in zip(trace.requests, trace.seconds, strict=True):
-        replay.request(keys, second)
-    return replay.result
+    return run(trace, admission, Replay(dram, ssd, POLICIES[DEFAULT], admission, budget))
 
 
 def budgeted(name: str, trace: Trace, ssd_share: int, dram_share: int) -> Budgeted:

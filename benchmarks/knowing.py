@@ -4,6 +4,7 @@ from collections import Counter
 
 from kvoffload.admission import Admission, AdmitAll
 from kvoffload.cli.replay import Replay, Result
+from kvoffload.cli.simulate import run
 from kvoffload.cli.traces import Trace
 from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.types import BlockKey
@@ -42,13 +43,12 @@ def knowing(trace: Trace, dram: int, ssd: int, allowed: float) -> Result:
     low, high, best = 0, len(thresholds), Result()
     while low < high:
         middle = (low + high) // 2
-        replay = Replay(dram, ssd, POLICIES[DEFAULT], admission=Knowing(worths, thresholds[middle]))
-        for keys in trace.requests:
-            replay.request(keys)
-        if replay.result.written > allowed:
+        admission = Knowing(worths, thresholds[middle])
+        result = run(trace, "knowing", Replay(dram, ssd, POLICIES[DEFAULT], admission=admission))
+        if result.written > allowed:
             low = middle + 1
             continue
-        high, best = middle, replay.result
+        high, best = middle, result
         if best.written >= NEAR * allowed:
             break
     return best

@@ -64,7 +64,7 @@ def zipf(rng: Random, count: int, exponent: float) -> Iterator[int]:
         yield rng.choices(range(count), cum_weights=weights)[0]
 
 
-def conversations(rng: Random, count: int, span: float, pause: float = 60) -> list[Prompt]:
+def conversations(rng: Random, count: int, span: float) -> list[Prompt]:
     """Chats of five turns on average under one of four system prompts. Each prompt is the whole of the last one, with the answer
     and a new question. Most are read in a minute or so; one in ten is left for half an hour on average."""
     systems = [Text(f"system {number}", tokens(rng, 1200)) for number in range(4)]
@@ -76,7 +76,7 @@ def conversations(rng: Random, count: int, span: float, pause: float = 60) -> li
             texts += (Text(f"question {chat} {len(texts)}", tokens(rng, 150, 1)),)
             prompts.append(Prompt(second, texts))
             texts += (Text(f"answer {chat} {len(texts)}", tokens(rng, 300)),)
-            second += rng.expovariate(1 / (30 * 60)) if rng.random() < 0.1 else pause * rng.lognormvariate(0, 0.8)
+            second += rng.expovariate(1 / (30 * 60)) if rng.random() < 0.1 else 60 * rng.lognormvariate(0, 0.8)
             goes_on = rng.random() < 0.8
     return prompts
 

@@ -106,3 +106,8 @@ def test_the_report_compares_with_the_best_of_the_others():
     assert "| one | 10 | 20 | **-5.0 arc** | +5.0 arc | +0.0 arc | +0.0 arc | +0.0 arc | 25 % | 0 % | 0 % |" in loss_table(swept)
     assert f"| {DEFAULT} | 4 of 5 | 5.0 | one, 1 % |" in policies_table(swept)
     assert relative({"rates": {"all": 0.5, "budget 25": 0.4}}, "budget 25") == pytest.approx(-20)
+
+
+def test_a_trace_that_tells_no_times_is_refused_by_a_sentence():
+    with pytest.raises(SystemExit, match="give one with timestamps"):
+        bench_policies.stretched(Trace([[b"a"], [b"b"]], [0.0, 0.0], 16))
