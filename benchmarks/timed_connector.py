@@ -1,11 +1,16 @@
-"""The connector, with a watch on every call that vLLM makes of it. For benchmarks; loaded by vLLM through its module's path.
+"""The connector, with a watch on every call that vLLM makes of it, and a switch that turns it off. For benchmarks; loaded by vLLM
+through its module's path.
 
 vLLM waits for these calls, in its scheduler and in its workers; all else that kvoffload does is done by threads beside it.
 Every process writes what they took to `$KVOFFLOAD_CALL_TIMES.<role>.<pid>`: seconds and calls, by name. A call in which the process
 was stopped, as benchmarks do between turns, would count all that time: what takes longer than STOPPED_S is counted apart.
+
+Switched off, calls answer what a connector does that has nothing and wants nothing, so that one engine can be measured with and
+without kvoffload: two that are started alike differ by more than what it costs.
 """
 
 import json
+import mmap
 import os
 import time
 from collections import defaultdict
@@ -13,6 +18,8 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 
 from kvoffload.vllm.connector import KVOffloadConnector
 
@@ -27,6 +34,36 @@ CALLS = (
     *("get_block_ids_with_load_errors", "build_connector_worker_meta", "handle_preemptions", "bind_connector_metadata"),
     *("clear_connector_metadata", "get_kv_connector_stats", "get_kv_connector_kv_cache_events"),
 )
+# What calls answer when they are switched off; the others nothing, or what vLLM's own base class does.
+ABSTRACT: dict[str, Any] = {
+    "get_num_new_matched_tokens": (0, False),
+    "update_state_after_alloc": None,
+    "request_finished_all_groups": (False, None),
+    "build_connector_meta": KVConnectorMetadata(),
+    "start_load_kv": None,
+    "wait_for_layer_load": None,
+    "save_kv_layer": None,
+    "wait_for_save": None,
+}
+
+
+class Switch:
+    """A byte in a file that the benchmark and the engine's processes share. REQUIRES: turned while nothing is asked of the engine
+    and all that it had in flight has ended."""
+
+    def __init__(self, times: Path):
+        path = Path(f"{times}.switch")
+        if not path.exists():
+            path.write_bytes(bytes(1))
+        with path.open("r+b") as file:
+            self._byte = mmap.mmap(file.fileno(), 1)
+
+    def turn(self, on: bool) -> None:
+        self._byte[0] = not on
+
+    @property
+    def is_off(self) -> bool:
+        return self._byte[0] != 0
 
 
 class Watch:
@@ -58,13 +95,19 @@ class Watch:
 class TimedConnector(KVOffloadConnector):
     watch = Watch()
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.switch = Switch(Path(os.environ[VARIABLE]))
+        super().__init__(*args, **kwargs)
+
 
 def _watched(name: str) -> Callable[..., Any]:
-    method = getattr(KVOffloadConnector, name)
+    method, idle = getattr(KVOffloadConnector, name), getattr(KVConnectorBase_V1, name, None)
 
     @wraps(method)
     def call(self: TimedConnector, *args: Any, **kwargs: Any) -> Any:
-        return self.watch.timed(name, method, self.role.name.lower(), self, *args, **kwargs)
+        if not self.switch.is_off:
+            return self.watch.timed(name, method, self.role.name.lower(), self, *args, **kwargs)
+        return ABSTRACT[name] if name in ABSTRACT or idle is None else idle(self, *args, **kwargs)
 
     return call
 
@@ -77,7 +120,7 @@ for _name in CALLS:
 def call_seconds(path: Path) -> dict[str, dict[str, float]]:
     """What all processes wrote so far, by role and call."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for file in path.parent.glob(f"{path.name}.*"):
+    for file in path.parent.glob(f"{path.name}.*.*"):
         role = file.name.removeprefix(path.name).split(".")[1]
         for name, (taken, _) in json.loads(file.read_text()).items():
             seconds[role][name] += taken
