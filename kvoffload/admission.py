@@ -1,8 +1,8 @@
 """Which blocks are worth writing to the SSD: all, those used twice, and no more of them than a daily budget allows.
 
-Scheduler side, one thread; pure, the clock is passed in. The manager offers a block when it is stored and, if it was refused,
-again whenever another request uses it. What is refused stays in DRAM like any block that is on SSD already, free to be
-evicted.
+Scheduler side, one thread; pure, the clock is passed in. The manager offers a block when it is stored and again whenever
+another request uses it while it has no SSD copy. What is refused stays in DRAM like any block that is on SSD already, free
+to be evicted.
 """
 
 from collections import OrderedDict

@@ -36,8 +36,7 @@ class Stored(NamedTuple):
 class Block:
     __slots__ = (
         "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
-        "dirty", "refused", "used", "user", "uses", "unread", "depth",
-        "loads", "demotion", "late_before", "promoter", "late", "gone",
+        "dirty", "used", "user", "uses", "unread", "depth", "loads", "demotion", "late_before", "promoter", "late", "gone",
     )  # fmt: skip
 
     def __init__(self, key: BlockKey, group: int, generation: int, used: int, depth: int = 0):
@@ -52,7 +51,6 @@ class Block:
         self.dram, self.dram_slot = ABSENT, NO_SLOT
         self.ssd, self.ssd_slot = ABSENT, NO_SLOT
         self.dirty = False  # ready in DRAM and still wanted on SSD
-        self.refused = False  # ready in DRAM and not wanted on SSD, till another request uses it
         self.loads = 0  # loads in flight that read it
         self.demotion: int | None = None  # id of the demotion in flight
         self.late_before = 0  # late loads of its drive when that began

@@ -46,7 +46,6 @@ def verify(
         assert block.dirty == (index.dirty.get(block.key) is block), f"{name}: dirty"
         assert block.late == (block in late) and not (block.late and block.ssd is READY), f"{name}: late"
         assert not (block.dirty or block.late) or block.dram is READY, f"{name}: to be written, without bytes"
-        assert not block.refused or block.gone or block.ssd is ABSENT and not block.dirty, f"{name}: refused, and on its way to SSD"
         assert not block.gone or block.loads or block.demotion is not None or block.late or block in stores.values(), name
         idle = not block.loads and block.demotion is None and not block.late
         if block.dram is not ABSENT:

@@ -302,8 +302,7 @@ class BlockManager:
             self._journal.touch(on_ssd)
 
     def _use(self, keys: Sequence[BlockKey], owner: str) -> list[tuple[BlockKey, int]]:
-        """`Index.use`. What the SSD refused is offered to it again if another request used it before. What it took and evicted is
-        not: an SSD tier smaller than DRAM would be written with each use of it."""
+        """`Index.use`. Blocks that the SSD lacks are offered to it again if another request used them before."""
         if not self._selective:
             return self._index.use(keys, owner)
         blocks = self._blocks
@@ -311,7 +310,7 @@ class BlockManager:
         used = self._index.use(keys, owner)
         for block in again:
             block.uses += 1
-            if block.refused:
+            if block.dram is READY and block.ssd is ABSENT and not block.dirty and not block.late:
                 self._offer(block)
                 self._index.settle(block)
         return used
@@ -320,7 +319,6 @@ class BlockManager:
         """To the SSD, which takes it or not. A bounce slot is not kept for a block that it does not take."""
         waiting = len(self._index.dirty)
         refusal = self._admission.refusal(block.user, block.group, block.depth, block.uses, waiting) if self._selective else ""
-        block.refused = bool(refusal)
         if not refusal:
             block.dirty = True
             self._index.dirty[block.key] = block
@@ -412,9 +410,7 @@ class BlockManager:
         affordable = self._admission.affords(len(self._index.dirty))
         if not self.dram_is_tier and not (affordable and self._drives.take_stores()):
             self._index.forget(block)
-        elif not affordable:
-            block.refused = True
-        elif not block.gone:
+        elif affordable and not block.gone:
             block.dirty = True
             self._index.dirty[block.key] = block
 

@@ -201,18 +201,6 @@ def test_a_refused_block_leaves_its_bounce_slot_at_once_and_is_known_when_it_com
     assert books.tiers(prefix("a", 4)) == [Tier.SSD] * 4
 
 
-def test_what_the_ssd_took_and_evicted_is_not_written_again_with_each_use_in_dram():
-    books = Books(dram=8, ssd=2, policy=SecondTouch())
-    for head in "ab":
-        books.store(prefix(head, 2), "r1" + head)
-        books.manager.touch(prefix(head, 2), "r2" + head)
-        assert books.demote() == prefix(head, 2)
-    assert books.tiers(prefix("a", 2)) == [Tier.DRAM] * 2
-    books.manager.touch(prefix("a", 2), "r3")
-    assert books.demote() == [] and books.tiers(prefix("b", 2)) == [Tier.DRAM] * 2
-    assert refusals(books) == {"first_use": 2, "behind": 2}
-
-
 def test_a_spent_budget_stores_the_head_of_a_prefix_and_no_tail():
     books = Books(dram=64, ssd=64, budget=24 * 32)
     unlimited(books)
