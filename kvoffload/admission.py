@@ -15,7 +15,7 @@ from kvoffload.types import BlockKey
 DAY_S = 86_400.0
 BURST_S = 3_600.0  # of the budget that may be saved up
 BURST_BLOCKS_MIN = 16  # so that a budget of a few blocks a day still writes some
-FIRST_USE_FLOOR = 0.5  # of the burst that is kept for blocks that were used before
+FIRST_USE_FLOOR = 0.5  # share that is kept for blocks that were used before
 GHOSTS_PER_SLOT = 4  # blocks that left, remembered by the number of requests that used them, for each slot of a tier
 GHOSTS_MAX = 1 << 18  # of about 150 bytes
 HOLES_MAX = 4096  # requests
@@ -47,29 +47,33 @@ class SecondTouch:
 class Budget:
     """A token bucket, in bytes of all ranks. The first starts half full. What a life before this one left is not known, so the next
     starts with what was saved up since that wrote, half at most: else one restarted every minute would write without end.
+
+    Floors are shares of what could be in it by now had nothing been written, so that short lives write what comes first, too.
     """
 
     def __init__(self, bytes_per_day: float, block_bytes: int, clock: Callable[[], float], idle_s: float | None = None):
-        """idle_s: since a life before this one may have written; None: there was none."""
+        """idle_s: since an engine before this one may have written; None: there was none."""
         self.block_bytes = block_bytes
         self.rate = bytes_per_day / DAY_S
         self.burst = max(self.rate * BURST_S, float(BURST_BLOCKS_MIN * block_bytes))
         self._clock = clock
-        self._level = self.burst / 2
+        self._level, self._unspent = self.burst / 2, self.burst
         if idle_s is not None:
-            self._level = min(self._level, self.rate * max(0.0, idle_s))
+            self._level = self._unspent = min(self._level, self.rate * max(0.0, idle_s))
         self._at = clock()
 
     def left(self) -> float:
         """Bytes that may be written now. Below 0 never; a clock that goes backwards adds nothing."""
         now = self._clock()
-        self._level = min(self.burst, self._level + self.rate * max(0.0, now - self._at))
+        given = self.rate * max(0.0, now - self._at)
+        self._level = min(self.burst, self._level + given)
+        self._unspent = min(self.burst, self._unspent + given)
         self._at = now
         return self._level
 
     def allows(self, waiting: int, floor: float = 0.0) -> bool:
-        """Whether one block more than the `waiting` ones may be written, leaving a share of `floor` of the burst."""
-        return self.left() - (waiting + 1) * self.block_bytes >= floor * self.burst
+        """Whether one block more than the `waiting` ones may be written, leaving a share of `floor`."""
+        return self.left() - (waiting + 1) * self.block_bytes >= floor * self._unspent
 
     def take(self) -> None:
         """A block is written. REQUIRES: `allows` with all that is to be written before it."""

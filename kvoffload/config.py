@@ -52,8 +52,8 @@ class Config(BaseModel):
     )
     ssd_write_gb_per_day: float | None = Field(
         None,
-        description="Budget of writes to the SSD, evenly over the day; an hour's worth may be saved up. While it is short, blocks "
-        "used before come first.",
+        description="Budget of this deployment's writes to the SSD, evenly over the day; an hour's worth may be saved up. While it "
+        "is short, blocks used before come first.",
     )
     resume_kv_cache: bool = Field(True, description="Use what an earlier run left; false: start empty.")
     clean_obsolete_kv_cache: bool = Field(

@@ -86,8 +86,8 @@ class Store:
 
     @property
     def idle_s(self) -> float | None:
-        """Seconds by the wall clock from when a life before this one wrote its index last to this one's start, below 0 if the clock
-        was set back; None if there was none."""
+        """Seconds by the wall clock from when any engine wrote an index below these paths last to this one's start, below 0 if the
+        clock was set back; None if none did."""
         return self._opened.idle_s
 
     def table(self) -> BlockTable:

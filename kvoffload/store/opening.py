@@ -40,7 +40,7 @@ class Opened:
     reserved_bytes: int
     resumed: int  # blocks
     epoch: int
-    idle_s: float | None  # since a life before this one wrote its journal; None: there was none
+    idle_s: float | None  # since any engine wrote a journal below the paths; None: none ever did
     writer: JournalWriter
 
 
@@ -71,8 +71,8 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
                 directories.append(directory)
                 locks.append(lock)
         places = _places(directories, identity, payload_bytes, ranks)
+        written_at = _written_at(roots)
         with explained(places[0].directory.path):
-            written_at = places[0].directory.changed_at(journal.NAME)
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
             obsolete = _obsolete(config, roots, identity)
@@ -150,6 +150,18 @@ def _discard(root: Directory, directory: Directory) -> None:
         namespace.remove(root, directory)
     except OSError as error:
         logger.warning("%s was made and could not be removed again: %s", directory.path, error.strerror)
+
+
+def _written_at(roots: Sequence[Directory]) -> float | None:
+    """When a journal was written last, of whatever cache: writes wear the drive, which all caches below a path share."""
+    times = []
+    for root in roots:
+        with explained(root.path):
+            for name in root.names():
+                if namespace.is_namespace(root, name):
+                    with root.child(name) as directory:
+                        times.append(directory.changed_at(journal.NAME))
+    return max((at for at in times if at is not None), default=None)
 
 
 def _obsolete(config: Config, roots: Sequence[Directory], identity: Identity) -> list[Set[str]]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvoffload.admission import (
     BURST_BLOCKS_MIN,
     DAY_S,
+    FIRST_USE_FLOOR,
     GHOSTS_MAX,
     HOLES_MAX,
     Admission,
@@ -60,6 +61,18 @@ def test_no_window_holds_more_than_its_time_gives_and_one_burst_however_often_th
             total += size
             given_by_time = budget.rate * (at - written[begin][0])
             assert total <= (budget.burst + given_by_time) * (1 + SLACK), (begin, at)
+
+
+def test_lives_of_ten_minutes_write_blocks_of_a_first_use_too():
+    clock, written, lives = [0.0], 0, 50
+    for life in range(lives):
+        budget = Budget(24 * 100, 1, lambda: clock[0], 0.0 if life else None)
+        for _ in range(60):
+            clock[0] += 10.0
+            while budget.allows(0, FIRST_USE_FLOOR):
+                budget.take()
+                written += 1
+    assert 0.4 <= written / (budget.rate * clock[0]) <= 1
 
 
 def test_a_year_of_silence_saves_up_one_burst():

@@ -341,6 +341,9 @@ def test_writes_stay_within_the_budget_and_its_metrics_say_so_over_a_restart_too
     manager = adapter(**settings, resume_kv_cache=False)  # for no engine wrote a slot; minutes would have to pass for a block
     third, others = request(manager, "r3", 12, prompt=b"q")
     store(manager, third, others)
+    manager.on_request_finished(third)
+    fourth, _ = request(manager, "r4", 12, prompt=b"q")
+    manager.on_request_finished(fourth)  # now the blocks are used ones, which half a burst would be there for
     assert not end_step(manager).demotions
     assert manager.get_stats().data["data"]["kvoffload_write_budget_left_bytes"] == {(): 0}
     manager.shutdown()

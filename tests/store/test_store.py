@@ -116,6 +116,10 @@ def test_a_start_tells_how_long_ago_the_index_was_written_last(tmp_path: Path) -
             assert store.idle_s is not None and 0 <= store.idle_s - ago < PATIENCE_S
     with open_store(tmp_path) as store:  # a start writes it, too
         assert store.idle_s is not None and 0 <= store.idle_s < PATIENCE_S
+    at = time.time() - 1000.0
+    os.utime(path, (at, at))
+    with open_store(tmp_path, model="another") as store:  # which wears the same drive
+        assert store.idle_s is not None and 0 <= store.idle_s - 1000.0 < PATIENCE_S
 
 
 def test_clear_forgets_everything(tmp_path: Path) -> None:
