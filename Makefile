@@ -53,7 +53,7 @@ analyze: setup ## clang's warnings and static analysers on all C, tests included
 docs: setup ## the documentation as a site, in build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
-bench: setup ## the benchmarks (50 minutes; the drive's needs fio)
+bench: setup ## the benchmarks (an hour; the drive's needs fio)
 	@for benchmark in drive loads_first small_costs decisions policies zero_hit load_or_recompute; do $(BIN)/python -m benchmarks.bench_$$benchmark || exit 1; done
 	@$(BIN)/python -m pytest -q --benchmark-enable --benchmark-columns=min,median,max,rounds benchmarks $(ARGS)
 

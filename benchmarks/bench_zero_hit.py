@@ -5,7 +5,7 @@ is looked for; how far, one that never had it shows. Every prompt is new; when i
 to the SSD. Ratios are of the turns of one round, so that what the machine does meanwhile cancels out. Beside them: what share of
 the time vLLM spends in the connector's calls.
 
-    python -m benchmarks.bench_zero_hit [--folder PATH] [--rounds 60] [--prompts 8] [--tokens 1000]
+    python -m benchmarks.bench_zero_hit [--folder PATH] [--rounds 40] [--prompts 8] [--tokens 1000]
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 from tiny_models import VOCABULARY, make  # noqa: E402 - found by the line above
-from vllm_process import VllmProcess, transfer_config  # noqa: E402
+from vllm_process import ENGINE_DEFAULTS, VllmProcess, transfer_config  # noqa: E402
 
 from benchmarks.timed_connector import STOPPED, VARIABLE, Switch, TimedConnector, call_seconds  # noqa: E402
 
@@ -30,7 +30,6 @@ ON, OFF, WITHOUT = "with", "switched off", "without"
 REST_S = 0.5  # after a turn, awake and outside its time: what it left in flight ends
 RESAMPLED = 2000
 ANSWER_TOKENS, CONCURRENCY = 16, 4
-BLOCK_TOKENS = 32
 POOL = {"num_gpu_blocks_override": 400, "max_model_len": 3072}
 DRAM_GB, SSD_GB = 1.0, 4.0
 
@@ -85,7 +84,8 @@ def measure(folder: Path, rounds: int, prompts: int, tokens: int, seed: int) -> 
         spent = {role: {name: seconds - before[role][name] for name, seconds in calls.items()} for role, calls in after.items()}
         with offloads.awake():
             metrics = offloads.metrics()
-        stored, wanted = metrics.sum("kvoffload_stored_blocks_total"), (rounds + 2) * prompts * (tokens // BLOCK_TOKENS)
+        stored = metrics.sum("kvoffload_stored_blocks_total")
+        wanted = (rounds + 2) * prompts * (tokens // ENGINE_DEFAULTS["block_size"])
         assert metrics.sum("kvoffload_hit_blocks_total") == 0 and 0.9 * wanted < stored < 1.2 * wanted, (stored, wanted)
         for engine in (without, offloads):
             engine.kill9()  # a stopped one would not end in order
@@ -107,7 +107,7 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/bench_zero_hit"))
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
