@@ -23,6 +23,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,9 +41,9 @@ POOL = {"num_gpu_blocks_override": 320, "max_model_len": 4352}
 SSD_GB = 6.0
 SETTLE_S, WARM_UPS = 60, 3
 PROBE = Why.PROBE.value
-# After a prompt, awake: to end what the answer began. When an engine is asked again the others have rested too, and vLLM's
-# processes no longer ask one another for work, which takes a core for a second after each step (a prompt of 256 tokens takes
-# 0.14 s beside that, 0.09 s later).
+# After a prompt, awake: to end what the answer began. For a second after each step vLLM's processes ask one another for work,
+# which takes a core (a prompt of 256 tokens takes 0.14 s beside that, 0.09 s later). So no engine is asked twice in a row: when it
+# is asked again, another has rested meanwhile, and it has long been silent.
 REST_S = 1.0
 
 
@@ -172,6 +173,15 @@ def start(stack: ExitStack, folder: Path, plan: FaultPlan) -> list[Contender]:
     ]
 
 
+def turns(rng: random.Random, contenders: list[Contender], last: VllmProcess | None) -> list[Contender]:
+    """In random order, but no engine after itself, nor after `last`, that was asked before them."""
+    while True:
+        order = rng.sample(contenders, len(contenders))
+        engines = [last, *(contender.engine for contender in order)]
+        if all(one is not next_one for one, next_one in pairwise(engines)):
+            return order
+
+
 def warm_up(contenders: list[Contender], prompts: Prompts, shape: Shape) -> None:
     """Stores what will be hit, and lets each process take its first long prompts, which are slower."""
     prompts.kept = {tokens: prompts.fresh(tokens) for tokens in shape.tokens}
@@ -189,7 +199,7 @@ def warm_up(contenders: list[Contender], prompts: Prompts, shape: Shape) -> None
 
 def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[report.Cell], dict[str, object]]:
     rng = random.Random(seed)
-    prompts, cells, decided = Prompts(rng), {}, {}
+    prompts, cells, decided, last = Prompts(rng), {}, {}, None
     with ExitStack() as stack:
         plan = stack.enter_context(FaultPlan(folder / "plan"))
         read_s = block_read_s(folder)
@@ -202,9 +212,10 @@ def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[re
                 for tokens, hit in rng.sample(grid := [(t, h) for t in shape.tokens for h in shape.hits], len(grid)):
                     cell = cells.setdefault((speed.name, tokens, hit), report.Cell(speed.name, tokens, hit))
                     probes = contenders[-1].probes()
-                    for contender in rng.sample(contenders, len(contenders)):
+                    for contender in turns(rng, contenders, last):
                         # Each its own: what an engine was asked before, under whatever name, it holds.
                         cell.ttft_s[contender.name].append(contender.ask(prompts.of(tokens, hit)))
+                        last = contender.engine
                     cell.probes += contenders[-1].probes() > probes
                 print(f"{speed.name}, round {number + 1} of {rounds}", flush=True)
             after = contenders[-1].decisions()

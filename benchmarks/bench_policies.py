@@ -46,9 +46,13 @@ class Budgeted(TypedDict):
 
 
 def traces(files: list[Path], seed: int, size: float) -> dict[str, Trace]:
+    """By name. Those given are refused if they could not be told apart or do not say when requests came."""
     found = {name: generated(name, seed, size) for name in WORKLOADS}
     for file in files:
+        if file.stem in found:
+            raise SystemExit(f"{file}: there is a trace called {file.stem} already; give the file another name")
         whole = read(file)
+        stretched(whole)
         found[file.stem] = whole
         found[f"{file.stem}, first half"], found[f"{file.stem}, second half"] = halves(whole)
     return found

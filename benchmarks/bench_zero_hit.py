@@ -23,12 +23,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 from tiny_models import VOCABULARY, make  # noqa: E402 - found by the line above
 from vllm_process import ENGINE_DEFAULTS, VllmProcess, transfer_config  # noqa: E402
 
+from benchmarks.resampling import likely  # noqa: E402
 from benchmarks.timed_connector import STOPPED, VARIABLE, Switch, TimedConnector, call_seconds  # noqa: E402
 
 GOAL = 0.99
 ON, OFF, WITHOUT = "with", "switched off", "without"
 REST_S = 0.5  # after a turn, awake and outside its time: what it left in flight ends
-RESAMPLED = 2000
 ANSWER_TOKENS, CONCURRENCY = 16, 4
 POOL = {"num_gpu_blocks_override": 400, "max_model_len": 3072}
 DRAM_GB, SSD_GB = 1.0, 4.0
@@ -97,9 +97,7 @@ def measure(folder: Path, rounds: int, prompts: int, tokens: int, seed: int) -> 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, str]:
     """The median over the rounds, the least that it is likely to be, and in words with what 95 of 100 repetitions would find."""
     ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
-    low, high = medians[RESAMPLED // 40], medians[-RESAMPLED // 40]
+    low, high = likely(lambda rng: statistics.median(rng.choices(ratios, k=len(ratios))))
     middle = statistics.median(ratios)
     return middle, low, f"{middle:.3f} ({low:.3f}..{high:.3f} with 95 %; rounds {min(ratios):.3f}..{max(ratios):.3f})"
 

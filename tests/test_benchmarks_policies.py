@@ -108,6 +108,15 @@ def test_the_report_compares_with_the_best_of_the_others():
     assert relative({"rates": {"all": 0.5, "budget 25": 0.4}}, "budget 25") == pytest.approx(-20)
 
 
-def test_a_trace_that_tells_no_times_is_refused_by_a_sentence():
+def test_traces_without_times_or_of_a_name_that_is_taken_are_refused_by_a_sentence_before_anything_runs(tmp_path):
+    request = '{"timestamp": %d, "input_length": 512, "output_length": 1, "hash_ids": [1]}\n'
+    good, timeless, named = tmp_path / "good.jsonl", tmp_path / "timeless.jsonl", tmp_path / f"{next(iter(WORKLOADS))}.jsonl"
+    good.write_text(request % 0 + request % 1000)
+    timeless.write_text(2 * (request % 0))
+    named.write_text(good.read_text())
+    assert {"good", "good, first half", "good, second half"} < bench_policies.traces([good], 1, 0.02).keys()
     with pytest.raises(SystemExit, match="give one with timestamps"):
-        bench_policies.stretched(Trace([[b"a"], [b"b"]], [0.0, 0.0], 16))
+        bench_policies.traces([timeless], 1, 0.02)
+    for files in ([named], [good, good]):
+        with pytest.raises(SystemExit, match="give the file another name"):
+            bench_policies.traces(files, 1, 0.02)

@@ -250,6 +250,11 @@ def test_a_failed_write_is_paid_for_and_repeated_only_if_the_budget_has_it():
     books.now += 2.0  # past the breaker's pause
     assert books.demote() == [] and books.manager.pending() is False
     assert books.tiers(prefix("a", 16)) == [Tier.DRAM] * 16
+    books.now += 3600.0  # the budget is there again
+    assert books.demote() == [], "nobody asks for them"
+    books.manager.touch(prefix("a", 16), "r3")
+    assert books.demote()[:1] == prefix("a", 1), "as the drive's trial"
+    assert books.demote() == prefix("a", 16)[1:]
 
 
 def test_a_reset_forgets_what_was_used():
