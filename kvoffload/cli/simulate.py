@@ -55,16 +55,19 @@ def simulate(
         raise UserError(f"there is no policy {policy!r}; take one of {', '.join(POLICIES)}")
     if plot and not sweep:
         raise UserError("--plot draws a sweep; add --sweep")
-    requests = read(trace, limit)
-    if not ssd_gb and (ssd_admission != "all" or ssd_write_gb_per_day is not None):
+    restrained = ssd_admission != "all" or ssd_write_gb_per_day is not None
+    if sweep and (dram_gb or ssd_gb or policy != DEFAULT or restrained):
+        raise UserError("--sweep takes all policies, its own sizes of the SSD tier, no DRAM and no budget; leave others out")
+    if not sweep and not ssd_gb and restrained:
         raise UserError("--ssd-admission and --ssd-write-gb-per-day are about an SSD tier; give --ssd-gb")
-    if sweep:
-        rates = sweep_rates(requests)
-        print_sweep(rates)
-        if plot:
-            draw(rates, plot)
-        return
+    requests = read(trace, limit)
     block_bytes = kv_bytes_per_token * requests.block_tokens
+    if sweep:
+        rates, sizes = sweep_rates(requests), [slots * block_bytes / GB for slots in sweep_slots(requests)]
+        print_sweep(rates, sizes)
+        if plot:
+            draw(rates, sizes, plot)
+        return
     dram_slots, ssd_slots = int(dram_gb * GB // block_bytes), int(ssd_gb * GB // block_bytes)
     if not dram_slots and not ssd_slots:
         raise UserError(f"no tier holds a block of {block_bytes / 1e6:g} MB; give --dram-gb or --ssd-gb more")
@@ -81,16 +84,22 @@ def run(trace: Trace, name: str, replay: Replay) -> Result:
     return replay.result
 
 
+def sweep_slots(trace: Trace) -> list[int]:
+    """SSD tiers, one for each of SHARES."""
+    return [max(1, trace.blocks * share // 100) for share in SHARES]
+
+
 def sweep_rates(trace: Trace) -> dict[str, list[float]]:
     """Prefix-hit rates by policy, one for each of SHARES; with the bound."""
-    slots = [max(1, trace.blocks * share // 100) for share in SHARES]
+    slots = sweep_slots(trace)
     rates = {policy: [run(trace, policy, Replay(0, count, made)).hit_rate for count in slots] for policy, made in POLICIES.items()}
     rates[CLAIRVOYANT] = [clairvoyant_hits(trace.requests, count) / trace.uses for count in slots]
     return rates
 
 
-def print_sweep(rates: dict[str, list[float]]) -> None:
+def print_sweep(rates: dict[str, list[float]], sizes_gb: list[float]) -> None:
     table = Table("SSD, % of blocks", *(str(share) for share in SHARES), title="Prefix-hit rate")
+    table.add_row("in GB", *(f"{size:,.3g}" for size in sizes_gb), end_section=True)
     for policy, row in rates.items():
         table.add_row(policy, *(f"{rate:.3f}" for rate in row))
     Console().print(table)
@@ -108,16 +117,16 @@ def print_result(trace: Trace, result: Result, block_bytes: int) -> None:
     Console().print(table)
 
 
-def draw(rates: dict[str, list[float]], file: Path) -> None:
+def draw(rates: dict[str, list[float]], sizes_gb: list[float], file: Path) -> None:
     try:
         from matplotlib.figure import Figure  # not at the top: users need it for this alone
     except ImportError as error:
         raise UserError("--plot needs matplotlib; pip install matplotlib") from error
     figure = Figure(figsize=(8, 5))
-    axes = figure.add_subplot(xlabel="SSD tier, % of the trace's different blocks", ylabel="prefix-hit rate", xscale="log")
+    axes = figure.add_subplot(xlabel="SSD tier, % of the trace's blocks, and in GB", ylabel="prefix-hit rate", xscale="log")
     for policy, row in rates.items():
         axes.plot(SHARES, row, "k--" if policy == CLAIRVOYANT else "o-", label=policy, linewidth=2.5 if policy == DEFAULT else 1)
-    axes.set_xticks(SHARES, labels=[str(share) for share in SHARES])
+    axes.set_xticks(SHARES, labels=[f"{share}\n{size:,.3g}" for share, size in zip(SHARES, sizes_gb, strict=True)])
     axes.legend()
     try:
         figure.savefig(file)

@@ -165,6 +165,7 @@ def test_a_sweep_draws_its_curves(tmp_path):
     done = kvoffload("--trace", mooncake(tmp_path / "a"), "--sweep", "--plot", plot)
     assert done.returncode == 0, done.stderr
     assert "clairvoyant" in done.stdout
+    assert "in GB" in done.stdout and "0.0671" in done.stdout, "a block of 512 tokens is the least tier"
     assert "<svg" in plot.read_text()
 
 
@@ -185,6 +186,9 @@ def test_a_sweep_draws_its_curves(tmp_path):
         ('{"hash_ids": [1]}', ["--ssd-gb", 1, "--ssd-write-gb-per-day", "-1"], "no size of a tier"),
         ('{"hash_ids": [1]}', ["--ssd-gb", 1, "--limit", 0], "give 1 or more"),
         ('{"hash_ids": [1]}', ["--plot", "x.png"], "add --sweep"),
+        ('{"hash_ids": [1]}', ["--sweep", "--ssd-gb", 1], "leave others out"),
+        ('{"hash_ids": [1]}', ["--sweep", "--policy", "lru"], "leave others out"),
+        ('{"hash_ids": [1]}', ["--sweep", "--ssd-admission", "second-touch"], "leave others out"),
         ('{"hash_ids": [1]}', ["--sweep", "--plot", "no/such/x.png"], "cannot be drawn"),
     ],
 )
