@@ -1,7 +1,6 @@
 """The doctor's checks of an nvme_path. They write to a directory of their own there, which goes again."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from kvoffload.cli.drive import Figures, measure, room, scratch
@@ -14,6 +13,7 @@ from kvoffload.engine.reference import pack_superblock
 from kvoffload.errors import UserError
 from kvoffload.store.digests import IN_MEMORY, file_system
 from kvoffload.store.directory import Directory, explained
+from kvoffload.store.namespace import ROOT
 from kvoffload.types import SlotFiles
 
 NETWORK = ("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "virtiofs")
@@ -69,6 +69,9 @@ def direct_io(path: str) -> Finding:
 def space(path: str) -> Finding:
     there, name = room(path), f"{path}: space"
     found = f"{amount(there)} beside what is left to others"
+    if there < LEAST_BYTES and os.path.isdir(os.path.join(path, ROOT)):
+        cost = "a cache that is there is opened as it is; another would find no room"
+        return Finding(name, Level.COSTS, found, cost, "free space, or see by kvoffload inspect what may go")
     if there < LEAST_BYTES:
         return Finding(name, Level.FATAL, found, "a cache of a few blocks does not fit", "free space, or name another nvme_path")
     if there < FEW_BYTES:
@@ -96,14 +99,12 @@ def judged(path: str, figures: Figures) -> Finding:
     return Finding(name, Level.COSTS, found, cost, "use a faster drive, or several as a list in nvme_path")
 
 
-CHECKS: tuple[Callable[[str], Finding], ...] = (kind, space, direct_io, drive)
-
-
 def checked(path: str) -> list[Finding]:
     """All checks of a path, those that need room to write only where there is some."""
-    findings = [usable(path)]
-    for check in CHECKS:
-        if any(finding.level is Level.FATAL for finding in findings):
-            break
-        findings.append(check(path))
+    first = usable(path)
+    if first.level is Level.FATAL:
+        return [first]
+    findings = [first, kind(path), space(path)]
+    if room(path) >= LEAST_BYTES:
+        findings += [direct_io(path), drive(path)]
     return findings

@@ -129,6 +129,12 @@ def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geome
     slot_count = geometry.slots(budget)
     if slot_count < geometry.least:
         raise StoreError(_too_small(cap_bytes, uses, geometry))
+    if cap_bytes is not None and slot_count < (alone := geometry.slots(cap_bytes // sharers)):
+        others = sum(use.others for use in uses)
+        logger.warning(
+            "other caches below nvme_path hold %d bytes of ssd_kv_offload_gb: this one has %d slots instead of %d. Those that "
+            "nobody uses are removed by clean_obsolete_kv_cache=true or `kvoffload clean`", others, slot_count, alone,
+        )  # fmt: skip
     short = _shortage(uses, geometry, slot_count)
     if short is None:
         return slot_count

@@ -48,7 +48,7 @@ def _refuse_other_owner(path: str, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid():
         raise StoreError(
             f"{path} is owned by another user (uid {found.st_uid}, this process is uid {os.geteuid()}): "
-            "give it to this user or name another nvme_path"
+            "run this as that user, give it to this one, or name another nvme_path"
         )
 
 
@@ -94,7 +94,7 @@ class Directory:
             directory.close()
             raise StoreError(
                 f"nvme_path {path} is owned by another user (uid {owner}, this process is uid {os.geteuid()}): "
-                "give it to this user or name another directory"
+                "run this as that user, give it to this one, or name another directory"
             )
         return directory
 

@@ -153,7 +153,10 @@ def test_a_file_system_in_memory_costs_and_takes_no_direct_io_or_does():
 def test_a_file_system_without_room_is_fatal(tmp_path):
     with small_file_system(tmp_path) as mounted:
         levels = {finding.check.split(": ")[1]: finding.level for finding in path_checks.checked(str(mounted))}
+        (mounted / "kvoffload").mkdir()
+        *_, space = path_checks.checked(str(mounted))
     assert levels == {"use": Level.OK, "file system": Level.OK, "space": Level.FATAL}
+    assert space.level is Level.COSTS and "a cache that is there is opened" in space.cost
 
 
 @pytest.mark.parametrize(("gb_per_s", "level"), [(5.0, Level.OK), (0.2, Level.COSTS)])

@@ -408,9 +408,17 @@ def test_a_truncated_file_of_another_namespace_does_not_matter(tmp_path: Path) -
     open_store(tmp_path).close()
 
 
-def test_engines_of_one_deployment_divide_the_cap_evenly() -> None:
+def test_what_other_caches_take_of_the_cap_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    geometry = Geometry(PAYLOAD, ranks=1, paths=1)
+    slots = decide_slots(20 * MB, [use("/a", others=15 * MB)], geometry)
+    (record,) = caplog.records
+    assert f"has {slots} slots instead of {geometry.slots(20 * MB)}" in record.getMessage()
+    assert "clean_obsolete_kv_cache" in record.getMessage()
+
+
+def test_engines_of_one_deployment_divide_the_cap_evenly(caplog: pytest.LogCaptureFixture) -> None:
     geometry = Geometry(PAYLOAD, ranks=1, paths=1)
     first = decide_slots(20 * MB, [use("/a")], geometry, sharers=2)
     second = decide_slots(20 * MB, [use("/a", others=geometry.total_bytes(first))], geometry, sharers=2)
-    assert first == second
+    assert first == second and not caplog.records
     assert 19 * MB < 2 * geometry.total_bytes(first) <= 20 * MB
