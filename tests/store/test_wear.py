@@ -92,6 +92,22 @@ def test_without_nvme_cli_no_thread_is_started(machine, monkeypatch):
     assert wear.percentages() == {} and not [each for each in threading.enumerate() if each.name == "kvoffload-wear"]
 
 
+def test_where_no_thread_is_to_be_had_it_is_asked_an_hour_later(machine, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    machine.mount(machine.block("pci0000:00/nvme/nvme0/nvme0n1"))
+    machine.answers("""echo '{"percent_used": 5}'""")
+    wear = machine.wear()
+    with monkeypatch.context() as seam:
+        seam.setattr(threading.Thread, "start", refuse)
+        assert wear.percentages() == {}
+    machine.now = PAUSE_S
+    wear.percentages()
+    wear.wait()
+    assert wear.percentages() == {0: 5}
+
+
 def test_asking_waits_for_nobody_and_is_repeated_after_an_hour(machine):
     machine.mount(machine.block("pci0000:00/nvme/nvme0/nvme0n1"))
     machine.answers("""while [ ! -e "$0.go" ]; do sleep 0.01; done; echo '{"percent_used": 5}'""")
