@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from ..errors import StoreError
 from . import catalogue, digests, journal, namespace
 from .directory import TEMPORARY_SUFFIX, Directory, explained, write_all
-from .namespace import LOCK, OWN_FILES, Lock, Manifest
+from .namespace import LOCK, MANIFEST, OWN_FILES, Lock, Manifest
 
 WIPE_CHUNK_BYTES = 4 << 20
 _JOURNALS = (journal.NAME, journal.NAME + TEMPORARY_SUFFIX)
+_KEPT = {LOCK, MANIFEST}  # while zeros are written
 
 
 @dataclass
@@ -20,7 +21,7 @@ class _Part:
 
     root: Directory
     directory: Directory
-    forgotten: list[int] = field(default_factory=list)  # descriptors of journals that have no name any more
+    forgotten: list[int] = field(default_factory=list)  # descriptors of files that have no name any more
 
 
 def remove(
@@ -34,7 +35,8 @@ def remove(
     chosen: names, and when they were last used as far as the caller knows: one that was used since stays. wipe: write zeros
     over what the files hold, and call `wiped` with the bytes done, before they go. No engine can open a namespace meanwhile:
     the lock under which namespaces come and go is held, and while zeros are written, which may take minutes, the namespace's
-    own, with its journal gone, so that it is empty whatever ends us.
+    own. By then its journal and its slot files have no names any more, so that it is empty whatever ends us; its manifest goes
+    last, for it says to who else starts how much of the cap this holds.
     """
     with contextlib.ExitStack() as held:
         roots = []
@@ -55,7 +57,7 @@ def remove(
             outcome[name] = _tried(lambda name=name: _overwrite(parts[name], wiped))
         with _roots_held(roots):
             for name in [name for name in parts if not outcome[name]]:
-                outcome[name] = _tried(lambda name=name: _unlink(parts[name], held))
+                outcome[name] = _tried(lambda name=name: _unlink_wiped(parts[name], wiped))
         return outcome
 
 
@@ -135,28 +137,32 @@ def _unlink(parts: Sequence[_Part], _held: contextlib.ExitStack) -> None:
 
 
 def _forget(parts: Sequence[_Part], held: contextlib.ExitStack) -> None:
-    """Take the journals' names away, for good, and keep them open to be overwritten: from now on the namespace is empty."""
+    """Take the names of what is to be overwritten away, for good, and keep it open. The journals are the first."""
     for part in parts:
-        for name in _JOURNALS:
-            with contextlib.suppress(FileNotFoundError):
-                fd = part.directory.open_file(name)
-                held.callback(os.close, fd)
-                part.forgotten.append(fd)
+        for name in sorted(set(part.directory.names()) - _KEPT, key=lambda name: (name not in _JOURNALS, name)):
+            fd = part.directory.open_file(name)
+            held.callback(os.close, fd)
             part.directory.remove(name)
-        part.directory.sync()
+            part.forgotten.append(fd)
+            if name in _JOURNALS:
+                part.directory.sync()
 
 
 def _overwrite(parts: Sequence[_Part], wiped: Callable[[int], None]) -> None:
     for part in parts:
         for fd in part.forgotten:
             _zero(fd, wiped)
-        for name in part.directory.names():
-            fd = part.directory.open_file(name)
-            with part.directory.located(name):
-                try:
-                    _zero(fd, wiped)
-                finally:
-                    os.close(fd)
+
+
+def _unlink_wiped(parts: Sequence[_Part], wiped: Callable[[int], None]) -> None:
+    for part in parts:
+        with part.directory.located(MANIFEST):
+            fd = part.directory.open_file(MANIFEST)
+            try:
+                namespace.remove(part.root, part.directory)
+                _zero(fd, wiped)
+            finally:
+                os.close(fd)
 
 
 def _zero(fd: int, wiped: Callable[[int], None]) -> None:
