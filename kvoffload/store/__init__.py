@@ -6,7 +6,7 @@ are, so the index may lag behind them without danger; see docs/format.md.
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 from ..config import Config
@@ -48,18 +48,27 @@ class Store:
         self._closed = False
 
     @classmethod
-    def open(cls, config: Config, identity_fields: Mapping[str, object], payload_bytes: int, ranks: int, sharers: int = 1) -> Self:
+    def open(
+        cls,
+        config: Config,
+        identity_fields: Mapping[str, object],
+        payload_bytes: int,
+        ranks: int,
+        siblings: Sequence[Mapping[str, object]] = (),
+    ) -> Self:
         """Open or create the namespace of `identity_fields` below every nvme path, and hold it until `close`.
 
         identity_fields: what must be equal for bytes to be shared, writable as JSON. payload_bytes: the largest block
-        of any group on one rank. sharers: engines of this deployment that divide the cap, each in a namespace of its
-        own (data parallelism). May take seconds. StoreError: the paths, the files or the cap do not allow it.
+        of any group on one rank. siblings: identity_fields of this deployment's other engines, with which the cap is divided
+        (data parallelism); what they left is not obsolete. May take seconds. StoreError: the paths, the files or the cap do
+        not allow it.
         REQUIRES: config has an SSD tier.
         """
         if config.ssd_bytes == 0:
             raise ValueError("the configuration has no SSD tier")
         identity = Identity.of(identity_fields, payload_bytes, ranks)
-        return cls(open_namespace(config, identity, payload_bytes, ranks, sharers))
+        others = frozenset(Identity.of(fields, payload_bytes, ranks).namespace for fields in siblings)
+        return cls(open_namespace(config, identity, payload_bytes, ranks, others))
 
     @property
     def slot_count(self) -> int:

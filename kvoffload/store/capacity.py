@@ -36,12 +36,13 @@ class PathUse:
     free: int  # on the file system, to this user, less its floor, once what is obsolete has been removed
     own: int  # held by this namespace
     others: int  # held by everything else below kvoffload/, or reserved by live engines
+    siblings: int  # the part of `others` of engines of the same deployment
     pending: int  # the part of `others` that live engines have reserved and not yet allocated
 
 
-def measure(root: Directory, own_namespace: str, obsolete: Set[str]) -> PathUse:
+def measure(root: Directory, own_namespace: str, siblings: Set[str], obsolete: Set[str]) -> PathUse:
     """Count what lies below `root`, as if the `obsolete` were gone. Call with the root lock held."""
-    own = pending = others = freed = 0
+    own = pending = others = kin = freed = 0
     for name in root.names():
         if name == ROOT_LOCK or name in digests.FILES:
             continue  # part of every namespace's NAMESPACE_BYTES, as the root directory itself is
@@ -53,10 +54,11 @@ def measure(root: Directory, own_namespace: str, obsolete: Set[str]) -> PathUse:
         else:
             promised = max(0, _reserved(root, name) - physical)
             others += physical + promised
+            kin += physical + promised if name in siblings else 0
             pending += promised
     found = os.statvfs(root.fd)
     free = max(0, found.f_bavail * found.f_frsize + freed - free_floor(found.f_blocks * found.f_frsize))
-    return PathUse(root.path, os.fstat(root.fd).st_dev, free, own, others, pending)
+    return PathUse(root.path, os.fstat(root.fd).st_dev, free, own, others, kin, pending)
 
 
 def _reserved(root: Directory, name: str) -> int:
@@ -122,7 +124,8 @@ def decide_slots(cap_bytes: int | None, uses: Sequence[PathUse], geometry: Geome
     """
     if cap_bytes is None:
         emptiest = min(_free_share(use, uses) for use in uses)
-        budget = int(AUTOMATIC_SHARE * (emptiest * len(uses) + sum(use.own for use in uses))) // sharers
+        deployment = emptiest * len(uses) + sum(use.own + use.siblings for use in uses)  # were the others of it not there yet
+        budget = int(AUTOMATIC_SHARE * deployment) // sharers
     else:
         # Blocks are striped evenly, so the path with the least room left decides for all.
         budget = min(cap_bytes // sharers, len(uses) * min(cap_bytes // len(uses) - use.others for use in uses))

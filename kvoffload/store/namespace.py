@@ -1,5 +1,6 @@
 """Which cache a deployment may read, who holds it, and its manifest in clear text."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -8,7 +9,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
@@ -224,6 +225,16 @@ def is_free(directory: Directory, name: str, operation: int = fcntl.LOCK_EX, fla
     return lock is not None
 
 
+def has_workers(directory: Directory) -> bool:
+    """Whether a worker has a slot file attached. Without an engine that holds the namespace none comes any more."""
+    for name in directory.names():
+        # What is no regular file no worker attaches.
+        with contextlib.suppress(StoreError):
+            if name.endswith(".slots") and not is_free(directory, name):
+                return True
+    return False
+
+
 def wait_unused(directory: Directory, name: str, deadline: float) -> None:
     """Wait until no worker has the slot file `name` attached; StoreError if one still has at `deadline`.
 
@@ -246,18 +257,23 @@ def wait_unused(directory: Directory, name: str, deadline: float) -> None:
 OWN_FILES = re.compile(r"(manifest\.json|lock|index\.journal|rank\d+of\d+\.slots)(\.tmp)?")
 
 
-def obsolete(root: Directory, keep: str) -> frozenset[str]:
-    """The namespaces but `keep` that no engine holds and that `clean` can remove. Call with the root lock held."""
+def obsolete(root: Directory, keep: Set[str]) -> frozenset[str]:
+    """The namespaces but those of `keep` that no engine holds, nor a worker that outlived its engine, and that `clean` can
+    remove. Call with the root lock held."""
     found = set()
     for name in root.names():
-        if name == keep or not is_namespace(root, name):
+        if name in keep or not is_namespace(root, name):
             continue
         try:
             with root.child(name) as directory:
                 foreign = [file for file in directory.names() if not OWN_FILES.fullmatch(file)]
                 if foreign:
                     logger.warning("obsolete namespace %s stays: %s in it is not kvoffload's", directory.path, foreign[0])
-                elif not is_held(directory):
+                elif is_held(directory):
+                    continue
+                elif has_workers(directory):
+                    logger.warning("obsolete namespace %s stays: a worker of an engine that ended still uses it", directory.path)
+                else:
                     found.add(name)
         except (OSError, StoreError) as error:
             logger.warning("obsolete namespace %s stays: %s", os.path.join(root.path, name), error)

@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import StoreError
 from ..layout import SUPERBLOCK_BYTES
 from ..table import NO_BLOCKS, BlockTable
-from . import capacity, journal, namespace, slotfile
+from . import capacity, journal, namespace, removal, slotfile
 from .directory import TEMPORARY_SUFFIX, Directory, explained
 from .namespace import Identity, Lock, Manifest
 from .slotfile import REMEDY, Growth, Superblock
@@ -56,7 +56,7 @@ class _Found:
     created: str  # when the namespace was
 
 
-def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int, sharers: int) -> Opened:
+def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks: int, siblings: Set[str]) -> Opened:
     """Hold, check and prepare the namespace; StoreError if that is impossible, and then nothing has been lost."""
     with contextlib.ExitStack() as meanwhile, contextlib.ExitStack() as on_failure:
         roots = _open_roots(config.nvme_path, meanwhile)
@@ -75,14 +75,13 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
         with explained(places[0].directory.path):
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
-            obsolete = _obsolete(config, roots, identity)
-            slot_count = _decide_slots(config, roots, identity, geometry, sharers, obsolete)
+            obsolete = _obsolete(config, roots, {identity.namespace} | siblings)
+            slot_count = _decide_slots(config, roots, identity, geometry, siblings, obsolete)
             _wait_for_workers(places, found, slot_count)
             # Only now: an engine that refuses to start must not have removed anything.
-            are_clean = [namespace.clean(root, names) for root, names in zip(roots, obsolete, strict=True)]
-            if not all(are_clean):
+            if not _clean(roots, obsolete):
                 # What is left counts against the cap after all; that alone is no reason not to serve.
-                slot_count = _decide_slots(config, roots, identity, geometry, sharers, [frozenset()] * len(roots))
+                slot_count = _decide_slots(config, roots, identity, geometry, siblings, [frozenset()] * len(roots))
                 _wait_for_workers(places, found, slot_count)
             kept = found.blocks.below(slot_count)
             dropped = len(found.blocks) - len(kept)
@@ -164,13 +163,43 @@ def _written_at(roots: Sequence[Directory]) -> float | None:
     return max((at for at in times if at is not None), default=None)
 
 
-def _obsolete(config: Config, roots: Sequence[Directory], identity: Identity) -> list[Set[str]]:
-    """By path, the namespaces to be removed."""
-    found: list[Set[str]] = []
+def _obsolete(config: Config, roots: Sequence[Directory], keep: Set[str]) -> list[Set[str]]:
+    """By path, the namespaces to be removed: only whole ones, for of a part of one its engine refuses what is left."""
+    if not config.clean_obsolete_kv_cache:
+        return [frozenset()] * len(roots)
+    found, stays = [], set(keep)
     for root in roots:
         with explained(root.path):
-            found.append(namespace.obsolete(root, identity.namespace) if config.clean_obsolete_kv_cache else frozenset())
-    return found
+            names = namespace.obsolete(root, keep)
+            stays |= {name for name in root.names() if name not in names and namespace.is_namespace(root, name)}
+            stays |= {name for name in names if _lies_elsewhere(config, root, name)}
+            found.append(names)
+    return [names - stays for names in found]
+
+
+def _lies_elsewhere(config: Config, root: Directory, name: str) -> bool:
+    with root.child(name) as directory:
+        try:
+            manifest = Manifest.read(directory)
+        except StoreError:
+            manifest = None  # no engine opens it as it is
+    others = removal.other_parts(config.nvme_path, name, manifest) if manifest is not None else []
+    if others:
+        logger.warning("obsolete namespace %s/%s stays: a part of it lies in %s", root.path, name, ", ".join(others))
+    return bool(others)
+
+
+def _has_journal(root: Directory, name: str) -> bool:
+    with root.child(name) as directory:
+        return journal.NAME in directory.names()
+
+
+def _clean(roots: Sequence[Directory], obsolete: Sequence[Set[str]]) -> bool:
+    """False if something is left. The parts with the journals go first: what is left of a namespace without one is empty."""
+    first = [{name for name in names if _has_journal(root, name)} for root, names in zip(roots, obsolete, strict=True)]
+    rest = [names - before for names, before in zip(obsolete, first, strict=True)]
+    removed = [namespace.clean(root, names) for parts in (first, rest) for root, names in zip(roots, parts, strict=True)]
+    return all(removed)
 
 
 def _decide_slots(
@@ -178,14 +207,14 @@ def _decide_slots(
     roots: Sequence[Directory],
     identity: Identity,
     geometry: capacity.Geometry,
-    sharers: int,
+    siblings: Set[str],
     obsolete: Sequence[Set[str]],
 ) -> int:
     uses = []
     for root, names in zip(roots, obsolete, strict=True):
         with explained(root.path):
-            uses.append(capacity.measure(root, identity.namespace, names))
-    return capacity.decide_slots(config.ssd_bytes, uses, geometry, sharers)
+            uses.append(capacity.measure(root, identity.namespace, siblings, names))
+    return capacity.decide_slots(config.ssd_bytes, uses, geometry, 1 + len(siblings))
 
 
 def _places(directories: Sequence[Directory], identity: Identity, payload_bytes: int, ranks: int) -> tuple[Place, ...]:

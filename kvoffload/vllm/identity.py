@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +159,14 @@ def identity_fields(
         "hardware": _hardware(),
         "vllm": vllm_version,
     }
+
+
+def siblings(fields: Mapping[str, Any], engines: int) -> list[dict[str, Any]]:
+    """The same of the deployment's other data-parallel engines; each has a cache of its own."""
+    if engines == 1:
+        return []
+    own, size = fields["data_parallel"]
+    return [{**fields, "data_parallel": [number, size]} for number in range(engines) if number != own]
 
 
 class LoraSalts:

@@ -41,7 +41,7 @@ from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferRep
 from kvoffload.vllm import contract
 from kvoffload.vllm.decisions import Decisions, Loads
 from kvoffload.vllm.geometry import Geometry
-from kvoffload.vllm.identity import LoraSalts, salted
+from kvoffload.vllm.identity import LoraSalts, salted, siblings
 from kvoffload.vllm.transfer import SlotSpec
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ class ManagerAdapter(OffloadingManager):
             check_dram(settings, geometry, dram.slots)
         journal: Store | NoJournal = NoJournal()
         if settings.ssd_bytes != 0:
-            journal = self._store = Store.open(settings, identity, geometry.payload_bytes, ranks, geometry.engines)
+            others = siblings(identity, geometry.engines)
+            journal = self._store = Store.open(settings, identity, geometry.payload_bytes, ranks, others)
             self._wear = DriveWear(settings.nvme_path)
             self._attach = tuple(self._store.slot_files(rank) for rank in range(ranks))
         if dram.slots < 2 * geometry.blocks_per_step:

@@ -199,9 +199,9 @@ def test_what_is_obsolete_counts_as_free_and_what_cannot_be_removed_does_not(
             assert store.slot_count == ssd_slots(20 * MB - held, PAYLOAD, 2, 1)
     assert "was not removed" in caplog.text
     with Directory.open(str(tmp_path)) as parent, parent.child("kvoffload") as root:
-        gone = namespace.obsolete(root, keep="")
+        gone = namespace.obsolete(root, keep=set())
         assert len(gone) == 2
-        now, later = measure(root, "", frozenset()), measure(root, "", gone)
+        now, later = measure(root, "", set(), set()), measure(root, "", set(), gone)
     assert (now.others > held, later.others) == (True, 0)
     assert later.free - now.free == now.others
     with open_store(tmp_path, 20, clean_obsolete_kv_cache=True) as store:
@@ -265,7 +265,7 @@ def test_less_free_than_the_cap_is_said_with_both_figures(tmp_path: Path, space:
 
 
 def use(path: str, device: int = 1, free: int = 100 * MB, own: int = 0, others: int = 0, pending: int = 0) -> PathUse:
-    return PathUse(path, device, free, own, others, pending)
+    return PathUse(path, device, free, own, others, 0, pending)
 
 
 GEOMETRY = Geometry(PAYLOAD, 2, 2)
@@ -340,7 +340,7 @@ def test_what_is_kept_for_others_is_two_percent_and_little_of_a_large_drive() ->
 def test_what_is_kept_for_others_is_not_counted_as_free(tmp_path: Path, space: os.statvfs_result) -> None:
     with Directory.open(str(tmp_path)) as root:
         kept = free_floor(space.f_blocks * space.f_frsize)
-        assert measure(root, "", frozenset()).free == space.f_bavail * space.f_frsize - kept
+        assert measure(root, "", set(), set()).free == space.f_bavail * space.f_frsize - kept
 
 
 def test_what_the_namespace_already_has_need_not_be_free() -> None:
@@ -414,6 +414,22 @@ def test_what_other_caches_take_of_the_cap_is_warned_of(caplog: pytest.LogCaptur
     (record,) = caplog.records
     assert f"has {slots} slots instead of {geometry.slots(20 * MB)}" in record.getMessage()
     assert "clean_obsolete_kv_cache" in record.getMessage()
+
+
+def test_engines_of_one_deployment_divide_an_automatic_cap_evenly_full_or_empty(tmp_path: Path) -> None:
+    geometry = Geometry(PAYLOAD, ranks=1, paths=1)
+    drive, engines = 100 * MB, 3
+    owns = [0] * engines
+    for _ in range(3):  # lives
+        reserved: list[int] = []
+        for own in owns:
+            pending = sum(promised - max(0, had) for promised, had in zip(reserved, owns, strict=False))
+            kin = sum(reserved) + sum(owns[len(reserved) + 1 :])
+            found = PathUse("/a", 1, drive - sum(owns), own, kin, kin, pending)
+            reserved.append(geometry.total_bytes(decide_slots(None, [found], geometry, engines)))
+        assert 0.78 * drive < sum(reserved) <= 0.8 * drive, "in every life as much"
+        assert max(reserved) - min(reserved) <= 2 * slot_bytes(PAYLOAD)
+        owns = reserved  # all is full
 
 
 def test_engines_of_one_deployment_divide_the_cap_evenly(caplog: pytest.LogCaptureFixture) -> None:
