@@ -40,7 +40,10 @@ class BlockTable:
 
     def below(self, slot_count: int) -> Self:
         """Those in the first so many slots."""
-        kept = np.flatnonzero(self.slots < slot_count)
+        return self.where(self.slots < slot_count)
+
+    def where(self, is_kept: NDArray[np.bool_]) -> Self:
+        kept = np.flatnonzero(is_kept)
         if len(kept) == len(self):
             return self
         return type(self)(self.keys[kept], self.slots[kept], self.generations[kept], self.groups[kept])

@@ -310,9 +310,9 @@ def _prepare(
             place.directory.remove(namespace.MANIFEST)  # it may tell of another order, too
     for path_index, rank in sorted(found.absent):
         slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
-    growth = Growth((place.directory, superblock) for place in places for superblock in place.superblocks)
+    growth = Growth([(place.directory, place.superblocks) for place in places])
     directory, fingerprint = places[0].directory, identity.fingerprint
-    writer = JournalWriter(directory, slot_count, found.epoch + 1, fingerprint, found.blocks, found.good, growth.sync)
+    writer = JournalWriter(directory, slot_count, found.epoch + 1, fingerprint, found.blocks, found.good, growth.reached)
     on_failure.callback(writer.close, CLOSE_SECONDS)
     # Only now: a manifest of fewer slots beside the old, longer journal would make that one look overgrown.
     for path_index, place in enumerate(places):

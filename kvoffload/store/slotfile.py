@@ -3,17 +3,22 @@
 The engine grows the file and fills its slots; the store only ever makes, checks and shortens it.
 """
 
+import logging
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from ..errors import StoreError
-from ..layout import FORMAT_VERSION, SUPERBLOCK_BYTES, local_slots, slot_offset
+from ..layout import FORMAT_VERSION, SUPERBLOCK_BYTES, local_slots, slot_bytes, slot_offset
 from .directory import Directory
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"KVOFILE1"
 _FIELDS = struct.Struct("<8s6IQ16s")  # magic, version, rank, ranks, path index, path count, zero, payload, fingerprint
@@ -146,18 +151,42 @@ class Growth:
     a file that lost its end would look truncated by somebody's hand.
     """
 
-    def __init__(self, files: Iterable[tuple[Directory, Superblock]]) -> None:
-        self._synced = {(directory, superblock.file_name): 0 for directory, superblock in files}
+    def __init__(self, paths: Sequence[tuple[Directory, Sequence[Superblock]]]) -> None:
+        self._paths = paths
+        self._synced = {(directory.path, superblock.file_name): 0 for directory, files in paths for superblock in files}
+        self._failing: set[int] = set()  # paths, of which the log has told
 
-    def sync(self) -> None:
-        """Sync the files that grew since the last call; OSError if one is gone or the disk fails."""
-        for (directory, name), synced in self._synced.items():
-            with directory.located(name):
-                size = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_size
-                if size != synced:
-                    fd = directory.open_file(name, os.O_RDONLY)
-                    try:
-                        os.fsync(fd)
-                    finally:
-                        os.close(fd)
-                    self._synced[directory, name] = size
+    def reached(self, slots: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Which of the slots lie where their files reach, whatever happens. Syncs those of the files that grew.
+
+        Of a path whose drive fails it is what was synced before, so one drive's failure is none of the others.
+        """
+        on = slots % len(self._paths)
+        reach = np.zeros(len(self._paths), np.int64)
+        for index in np.unique(on):
+            directory, files = self._paths[index]
+            try:
+                for superblock in files:
+                    self._sync(directory, superblock.file_name)
+                self._failing.discard(index)
+            except (OSError, StoreError) as error:
+                if index not in self._failing:
+                    logger.warning("slot files cannot be synced (%s): blocks stored in them may be forgotten at restart", error)
+                self._failing.add(index)
+            reach[index] = min(self._slots(directory, superblock) for superblock in files)
+        return slots // len(self._paths) < reach[on]
+
+    def _sync(self, directory: Directory, name: str) -> None:
+        with directory.located(name):
+            size = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_size
+            if size != self._synced[directory.path, name]:
+                fd = directory.open_file(name, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                self._synced[directory.path, name] = size
+
+    def _slots(self, directory: Directory, superblock: Superblock) -> int:
+        """How many whole slots the file had when it was synced."""
+        return (self._synced[directory.path, superblock.file_name] - SUPERBLOCK_BYTES) // slot_bytes(superblock.payload_bytes)

@@ -8,6 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import StoreError
 from ..table import NO_BLOCKS, BlockTable
 from ..types import KEY_BYTES_MAX
@@ -42,21 +45,21 @@ class JournalWriter:
         fingerprint: bytes,
         found: BlockTable = NO_BLOCKS,
         good: bytes = b"",
-        before_write: Callable[[], None] = lambda: None,
+        reached: Callable[[NDArray[np.uint32]], NDArray[np.bool_]] = lambda slots: np.ones(len(slots), bool),
     ) -> None:
         """Writes the journal of a new life at once (OSError or StoreError if that fails), then starts the thread.
 
         `found`: the blocks there are. `good`: records, one whole after the other, that say the same; if they are not many more
         than needed they are written as they are, which for a million is a second less than making them anew.
-        `before_write` runs before anything is written to the journal, for the kernel may bring that to the disk before it
-        is asked to; what it raises of these two counts as the disk's failure.
+        `reached` says which slots lie in files that are sure to hold them, and is asked before a PUT is written to the journal, for
+        the kernel may bring that to the disk before it is asked to. PUTs of other slots are left out until the next compaction.
         """
         self._directory = directory
         self._index = Index(slot_count, found)
         self._slot_count = slot_count
         self._limit = journal.size_limit(slot_count)
         self._header = journal.encode_header(epoch, fingerprint)
-        self._before_write = before_write
+        self._reached = reached
 
         self._queue: deque[Record] = deque()
         self._pushed = 0  # written by the pushing thread only, so that neither counter needs a lock
@@ -74,8 +77,8 @@ class JournalWriter:
         self._compactions = 0
         self._fd = -1
         self._size = self._sequence = 0
-        if 0 < len(good) <= REUSED_MAX * len(found) * journal.RECORD_BYTES and len(good) < self._limit:
-            self._before_write()
+        is_short = 0 < len(good) <= REUSED_MAX * len(found) * journal.RECORD_BYTES and len(good) < self._limit
+        if is_short and self._reached(found.slots).all():
             self._replace([good], len(good) // journal.RECORD_BYTES)
         else:
             self._compact()
@@ -186,16 +189,23 @@ class JournalWriter:
         if is_cleared or self._size + len(batch) * journal.RECORD_BYTES > self._limit:
             self._compact()
             return
-        self._before_write()
+        batch = self._holdable(batch)
         for chunk in journal.encode_records(batch, self._sequence):
             write_all(self._fd, chunk)
             self._size += len(chunk)
         self._sequence += len(batch)
 
+    def _holdable(self, batch: list[Record]) -> list[Record]:
+        slots = np.array([record.slot for record in batch if record.kind == Kind.PUT], np.uint32)
+        unreached = set(slots[~self._reached(slots)].tolist())
+        held = [record for record in batch if record.kind != Kind.PUT or record.slot not in unreached]
+        self._dropped += len(batch) - len(held)
+        return held
+
     def _compact(self) -> None:
         """Put a journal in place that says what the index says; the old one stays whole until then."""
-        self._before_write()
         table = self._index.table()
+        table = table.where(self._reached(table.slots))
         self._replace(journal.encode_records(journal.puts(table), 1), len(table))
         self._compactions += 1
 

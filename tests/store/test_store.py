@@ -325,6 +325,7 @@ def test_a_hanging_disk_never_blocks_the_caller_and_close_is_bounded(
 ) -> None:
     monkeypatch.setattr(kvoffload.store, "CLOSE_SECONDS", CLOSE_SECONDS)
     store = open_store(tmp_path)
+    write_blocks(store, [1])
     disk = Disk(monkeypatch)
     disk.running.clear()
     for _ in range(2 * QUEUE_RECORDS):
