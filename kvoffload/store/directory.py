@@ -22,6 +22,7 @@ FILE_MODE = 0o600
 TEMPORARY_SUFFIX = ".tmp"
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(path: str, error: OSError) -> StoreError:
@@ -32,6 +33,8 @@ def explain(path: str, error: OSError) -> StoreError:
         return StoreError(
             f"{path} is not writable by uid {os.geteuid()} ({error.strerror}): change its permissions or name another nvme_path"
         )
+    if error.errno in _FULL:
+        return StoreError(f"{path} cannot be written ({error.strerror}): free some space there, for a start writes its index anew")
     return StoreError(f"{path} cannot be used ({error.strerror}): check the drive or name another nvme_path")
 
 

@@ -307,6 +307,18 @@ def test_a_full_disk_loses_records_but_not_the_thread_and_is_repaired(
         assert [entry.slot for entry in store.table()] == list(range(10))
 
 
+def test_a_start_on_a_full_disk_is_refused_with_the_remedy_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(tmp_path) as store:
+        write_blocks(store, range(5))
+    with monkeypatch.context() as during, pytest.raises(StoreError, match="No space left on device.*: free some space there"):
+        Disk(during).broken = True
+        open_store(tmp_path)
+    with open_store(tmp_path) as store:
+        assert len(store.table()) == 5
+
+
 def test_a_journal_torn_by_a_full_disk_gives_what_was_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(tmp_path)
     write_blocks(store, range(5))
