@@ -41,6 +41,7 @@ class Loads:
     computed: int = 0  # tokens that were in GPU memory
     end: int = 0  # of what is loaded, of a whole block; 0: nothing was found
     counted: bool = False
+    blocks: dict[Tier, int] = field(default_factory=dict)  # that are loaded, by tier
     is_warned: bool = False  # of a wish that is none
     loading: Loading | None = None
 
@@ -108,6 +109,11 @@ class Decisions:
                 end = max(reached, min(part.end, loads.end))
                 self._counters["kvoffload_hit_tokens_total", part.tier.value] += end - reached
                 reached = end
+        elif loads.end > reached and loads.blocks:  # nothing is decided with a vLLM that does not tell the blocks' positions
+            share = (loads.end - reached) / sum(loads.blocks.values())
+            for tier, blocks in loads.blocks.items():
+                self._counters["kvoffload_hit_tokens_total", tier.value] += round(blocks * share)
+            reached = loads.end
         self._counters["kvoffload_missed_tokens_total",] += max(0, request.num_prompt_tokens - reached)
 
     # -- learning ----------------------------------------------------------------------------------------------
@@ -116,6 +122,7 @@ class Decisions:
         """`tiers`: how many blocks come from each."""
         if not tiers:
             return
+        loads.blocks = dict(tiers)
         nbytes = {tier: blocks * self._block_bytes for tier, blocks in tiers.items()}
         predicted_s = loads.decision.load_s if loads.decision else None
         loads.loading = self._estimates.begin_load(time.monotonic(), nbytes, predicted_s)

@@ -220,10 +220,13 @@ class ManagerAdapter(OffloadingManager):
     def limit_load(self, request: "Request", computed: int, matched: int) -> bool:
         """Decides how much is loaded of the `matched` tokens that lookups found after `computed`. True: less than that, and
         lookups say so now. (Blocks of sliding windows that will not be loaded count as if they were.)"""
-        if not contract.TELLS_POSITIONS or not self._settings.enabled:
+        if not self._settings.enabled:
             return False
         context = self._contexts[request.request_id]
         notes = self._notes(context)
+        if not contract.TELLS_POSITIONS:  # all of it is loaded
+            notes.loads.end = computed + matched
+            return False
         salt = notes.key_salt
         found = []
         for key, position in contract.key_positions(context).items():

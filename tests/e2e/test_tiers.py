@@ -89,6 +89,8 @@ def check_metrics(both):
     metrics = both.metrics()
     assert metrics.sum("kvoffload_hit_blocks_total", tier="ssd") > 0
     assert metrics.sum("kvoffload_hit_blocks_total", tier="dram") > 0
+    for tier in ("ssd", "dram"):
+        assert metrics.sum("kvoffload_hit_tokens_total", tier=tier) == BLOCK * metrics.sum("kvoffload_hit_blocks_total", tier=tier)
     assert metrics.sum("kvoffload_transfer_bytes_total", direction="read") > 0
     assert 0 < metrics.sum("kvoffload_used_bytes", tier="ssd") <= metrics.sum("kvoffload_capacity_bytes", tier="ssd")
     assert metrics.sum("kvoffload_evictions_total", tier="dram") > 0

@@ -8,7 +8,7 @@ from vllm.v1.core.sched.output import CachedRequestData
 
 from kvoffload.estimates import CONVINCED, PATIENCE_MIN_S
 from kvoffload.types import Tier
-from kvoffload.vllm import decisions
+from kvoffload.vllm import contract, decisions
 from tests.rim.test_manager import adapter, end_step, hits, request, store
 
 BLOCKS, TOKENS = 10, 320
@@ -140,6 +140,18 @@ def test_tokens_that_are_not_worth_loading_or_are_gone_are_missed(clock):
     manager.lift_limit(ask("s"), 0)
     manager.note_scheduled(ask("s"))
     assert tokens(manager) == {"hit": 32, "missed": 2 * TOKENS - 32}
+
+
+def test_a_vllm_that_does_not_tell_positions_has_what_it_loads_counted_all_the_same(clock, monkeypatch):
+    manager, context, keys = held(clock)
+    monkeypatch.setattr(contract, "TELLS_POSITIONS", False)
+    manager.lift_limit(ask(), 64)
+    assert not manager.limit_load(ask(), 64, TOKENS - 96)
+    manager.prepare_load(keys[2:-1], context)
+    for _ in range(2):
+        manager.note_scheduled(ask())
+    assert tokens(manager) == {"hit": TOKENS - 96, "missed": 32}
+    assert not decided(manager)
 
 
 @pytest.mark.parametrize(("wish", "hit"), [("load", True), ("recompute", False)])
