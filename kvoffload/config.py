@@ -44,8 +44,8 @@ class Config(BaseModel):
     )
     ssd_kv_offload_gb: float = Field(
         0.0,
-        description="Cap of everything below `nvme_path`, all ranks and caches together. 0: no SSD tier. -1: automatic, from what "
-        "is free. Whatever it allows, 2 % of the file system (at most 10 GiB) stays free for others.",
+        description="Cap of everything below `nvme_path`, all ranks and caches together. 0: no SSD tier. -1: automatic, 80 % of "
+        "what is free. Whatever it allows, 2 % of the file system (at most 10 GiB) stays free for others.",
     )
     ssd_admission: Admissions = Field(
         "all", description='"second-touch": a block is written to the SSD only once a second request uses it.'

@@ -56,7 +56,10 @@ def values_of(section: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def values() -> str:
-    head = "# Made by `python -m tools.chart_reference` from tools/chart_values.py. Of all this only vllm.args.model must be set.\n"
+    head = (
+        "# Made by `python -m tools.chart_reference` from tools/chart_values.py.\n"
+        "# What must be set is vllm.args.model, and image.repository: to where you pushed the image that you built.\n"
+    )
     return head + "\n".join(values_of(VALUES)) + "\n"
 
 

@@ -124,7 +124,7 @@ ARGS = {
     "tensorParallelSize": whole(1, "GPUs of each replica.", 1),
     "dramKvOffloadGb": number(None, f"Cap of the DRAM tier in {GB}; null is 0, off.", minimum=0),
     "ssdKvOffloadGb": number(
-        None, f"Cap of the SSD tier in {GB}; null is 500, 0 is off, -1 what is free on the volume.", minimum=-1
+        None, f"Cap of the SSD tier in {GB}; null is 500, 0 is off, -1 80 % of what is free on the volume.", minimum=-1
     ),
     "noResumeKvCache": switch(False, "Start with an empty cache."),
     "resumeKvCache": switch(False, "Use what an earlier run left. This is what happens anyway."),

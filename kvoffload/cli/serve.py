@@ -77,7 +77,7 @@ def serve(
     ] = None,
     dram_kv_offload_gb: Annotated[str | None, typer.Option(metavar="GB", help="Cap of the DRAM tier.")] = None,
     ssd_kv_offload_gb: Annotated[
-        str | None, typer.Option(metavar="GB", help="Cap of the SSD tier; -1, the default: what is free.")
+        str | None, typer.Option(metavar="GB", help="Cap of the SSD tier; -1, the default: 80 % of what is free.")
     ] = None,
     ssd_admission: Annotated[str | None, typer.Option(metavar="WHICH", help="all; or second-touch: what is used twice.")] = None,
     ssd_write_gb_per_day: Annotated[str | None, typer.Option(metavar="GB", help="Budget of writes to the SSD.")] = None,

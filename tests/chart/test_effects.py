@@ -232,6 +232,8 @@ def test_memory_holds_the_dram_tier_shared_memory_and_the_server():
     few = memory(vllm__args__ssdKvOffloadGb=1)
     assert memory(vllm__args__ssdKvOffloadGb=30000) == few + 28, "a thousandth, for what is kept of each block"
     assert memory(vllm__args__ssdKvOffloadGb=-1, kvCache__size="28000Gi") == few + 28
+    unknown = {"kvCache__type": "hostPath", "kvCache__hostPaths": ["/mnt/nvme"], "vllm__args__ssdKvOffloadGb": -1}
+    assert memory(**unknown) == few + 4, "4 TB, where nothing says how large the drive is"
     small = memory(vllm__args__ssdKvOffloadGb=0)
     assert small == 8 + 8 + 8
     assert memory(vllm__args__ssdKvOffloadGb=0, vllm__args__dramKvOffloadGb=64) == small + 60  # 59.6

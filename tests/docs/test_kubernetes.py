@@ -95,7 +95,21 @@ def test_the_page_can_be_followed_from_top_to_bottom(tmp_path, capsys):
 
 
 def test_every_command_for_a_cluster_is_on_that_page():
-    assert {page for page, command in COMMANDS if command.startswith(OF_CLUSTERS)} == {PAGE.name}
+    elsewhere = [command for page, command in COMMANDS if command.startswith(OF_CLUSTERS) and page != PAGE.name]
+    assert all(command.startswith("docker ") for command in elsewhere)
+
+
+def test_the_image_runs_by_hand_with_what_it_needs_mounted(capsys):
+    (build,), (run,) = ([command for _, command in COMMANDS if command.startswith(f"docker {verb} ") and "-t kvoffload:" in command
+                         or command.startswith(f"docker {verb} --")] for verb in ("build", "run"))  # fmt: skip
+    image = shlex.split(build)[shlex.split(build).index("-t") + 1]
+    words = shlex.split(run)
+    docker, served = words[: words.index(image)], words[words.index(image) + 1 :]
+    mounted = [docker[place + 1].split(":")[1] for place, word in enumerate(docker) if word == "-v"]
+    home = re.search(r"ENV HOME=(\S+)", (ROOT / "docker" / "Dockerfile").read_text())[1]
+    assert set(mounted) == {served[served.index("--nvme-path") + 1], f"{home}/.cache/huggingface"}
+    done = Command(capsys)("serve", *served, "--dry-run")
+    assert done.code == 0, done.err
 
 
 def test_amounts_that_the_page_names_are_those_of_the_chart(tmp_path):

@@ -59,11 +59,12 @@
 {{- .Values.volumes.dshm.sizeLimit | default (printf "%dGi" (include "kvo.ranks" . | mul 2 | add 6)) -}}
 {{- end }}
 
-{{/* what the scheduler keeps of each block on the SSD, some 460 bytes of blocks that mostly are larger than 460 kB */}}
+{{/* What the scheduler keeps of each block on the SSD, some 460 bytes of blocks that mostly are larger than 460 kB. How much is free
+on a drive that the chart does not make is not known: 4 TB, unless kvCache.size says. */}}
 {{- define "kvo.indexBytes" -}}
 {{- $gb := include "kvo.ssdGb" . | float64 -}}
 {{- $whole := mulf $gb 1e9 -}}
-{{- if lt $gb 0.0 }}{{ $whole = mulf (include "kvo.bytes" (default "0" .Values.kvCache.size) | float64) (include "kvo.nvmePaths" . | fromJsonArray | len) }}{{ end -}}
+{{- if lt $gb 0.0 }}{{ $whole = mulf (include "kvo.bytes" (default "4T" .Values.kvCache.size) | float64) (include "kvo.nvmePaths" . | fromJsonArray | len) }}{{ end -}}
 {{- mulf $whole 0.001 -}}
 {{- end }}
 
