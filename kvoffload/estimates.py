@@ -131,7 +131,7 @@ class Prefill:
 
 
 class Part(NamedTuple):
-    """A stretch of a prompt that one tier holds."""
+    """A stretch of a prompt that one tier holds, of a token at least."""
 
     end: int  # tokens of the prompt, where it ends
     tier: Tier

@@ -69,11 +69,7 @@ class Decisions:
         A request that waits is decided about again at each step, as what it would queue behind changes. Except that one that
         is to probe stays at it: probes are few, and it would not be chosen twice.
         """
-        parts = []
-        for tier, stretch in groupby(blocks, key=lambda block: block[1]):
-            ends = [end for end, _ in stretch]
-            parts.append(Part(ends[-1], tier, len(ends) * self._block_bytes))
-        loads.parts = parts
+        loads.parts = parts = self._parts(blocks)
         decision = self._wished(request, loads, computed, parts)
         if decision is None:
             before = loads.decision
@@ -83,6 +79,18 @@ class Decisions:
                 decision = self._estimates.decide(time.monotonic(), computed, request.num_tokens, parts)
         loads.decision, loads.end = decision, decision.end
         return decision
+
+    def _parts(self, blocks: Iterable[tuple[int, Tier]]) -> list[Part]:
+        """Each ends after the one before: of blocks of several groups that end at one token, the tier is the slower one's."""
+        ends: dict[int, list[Tier]] = {}
+        for end, tier in blocks:
+            ends.setdefault(end, []).append(tier)
+        slowest = ((end, Tier.SSD if Tier.SSD in tiers else Tier.DRAM, len(tiers)) for end, tiers in ends.items())
+        parts = []
+        for tier, stretch in groupby(slowest, key=lambda place: place[1]):
+            places = list(stretch)
+            parts.append(Part(places[-1][0], tier, self._block_bytes * sum(count for _, _, count in places)))
+        return parts
 
     def _wished(self, request: "Request", loads: Loads, computed: int, parts: list[Part]) -> Decision | None:
         wish = (request.kv_transfer_params or {}).get(WISH)

@@ -9,7 +9,7 @@ from vllm.v1.core.sched.output import CachedRequestData
 from kvoffload.estimates import CONVINCED, PATIENCE_MIN_S
 from kvoffload.types import Tier
 from kvoffload.vllm import contract, decisions
-from tests.rim.test_manager import adapter, end_step, hits, request, store
+from tests.rim.test_manager import GROUPS, PAYLOAD, adapter, end_step, hits, request, store
 
 BLOCKS, TOKENS = 10, 320
 
@@ -152,6 +152,29 @@ def test_a_vllm_that_does_not_tell_positions_has_what_it_loads_counted_all_the_s
         manager.note_scheduled(ask())
     assert tokens(manager) == {"hit": TOKENS - 96, "missed": 32}
     assert not decided(manager)
+
+
+@pytest.mark.parametrize("knows", ["suspect", "probing"])
+def test_blocks_of_several_groups_that_end_at_one_token_and_lie_in_two_tiers_are_probed_as_one(clock, monkeypatch, knows):
+    """The last block of the last group is the first that DRAM loses of a request."""
+    manager = adapter()
+    context, keys = request(manager, "r", BLOCKS, GROUPS)
+    store(manager, context, keys)
+    computed(manager, clock, 1.0)
+    monkeypatch.setattr(manager, "_loadable_from", lambda key, _context: Tier.SSD if key == keys[-1] else Tier.DRAM)
+    estimates = manager._decisions._estimates
+    for tier, seconds in ((Tier.DRAM, 0.01), (Tier.SSD, 0.01 if knows == "suspect" else 0.5)):
+        for _ in range(CONVINCED):
+            estimates._load[tier].observe(seconds, PAYLOAD, 1.0)
+    if knows == "suspect":
+        estimates._suspects.add(Tier.SSD)
+    else:
+        estimates._may_probe(clock.now, Tier.SSD)
+        clock.now += 1e4
+    manager.limit_load(ask(), 0, TOKENS)
+    loads = manager._notes(context).loads
+    assert [part.end for part in loads.parts] == [TOKENS - 32, TOKENS]
+    assert loads.decision.why == "probe" and loads.end == TOKENS, "no block ends between"
 
 
 @pytest.mark.parametrize(("wish", "hit"), [("load", True), ("recompute", False)])
