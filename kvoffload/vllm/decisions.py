@@ -162,8 +162,10 @@ class Decisions:
             self._end_prefill(name, now)
         for new in step.scheduled_new_reqs:
             tokens = len(new.prompt_token_ids or ()) - new.num_computed_tokens
-            if tokens > 0 and new.req_id in self._requests:
-                self._prefilling[new.req_id] = Prefilling(self._requests[new.req_id], now, new.num_computed_tokens, tokens)
+            request = self._requests.get(new.req_id)
+            # vLLM's second model runner is told of a preempted request as of a new one when it goes on.
+            if tokens > 0 and request is not None and not request.num_output_tokens:
+                self._prefilling[new.req_id] = Prefilling(request, now, new.num_computed_tokens, tokens)
 
     def end_request(self, request: "Request") -> None:
         if request.num_output_tokens:

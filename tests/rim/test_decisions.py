@@ -229,6 +229,18 @@ def test_what_a_preempted_request_computes_again_is_not_timed(clock):
     assert manager._decisions._estimates.prefill.seconds(TOKENS, 0) is None
 
 
+def test_what_a_request_that_goes_on_after_a_preemption_computes_again_is_not_timed(clock):
+    """vLLM's second model runner is told of it as of a new one."""
+    manager, *_ = held(clock)
+    resumed = begun(manager)
+    manager.note_step(step(preempted={"cold"}))
+    resumed.num_output_tokens = 7
+    manager.note_step(step([("cold", TOKENS, 0)]))
+    clock.now += 0.01
+    manager.note_step(step())
+    assert manager._decisions._estimates.prefill.seconds(TOKENS, 0) is None
+
+
 def test_a_prompt_is_computed_when_its_first_token_is_there_and_not_when_it_is_expected(clock):
     manager, *_ = held(clock)
     cold = begun(manager, 1000, 200)
