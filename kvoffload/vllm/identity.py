@@ -153,7 +153,11 @@ def identity_fields(
         "draft_model": str(config.speculative_config.model) if config.speculative_config else "",
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
-        "context_parallel": [parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size],
+        "context_parallel": [
+            parallel.prefill_context_parallel_size,
+            parallel.decode_context_parallel_size,
+            parallel.cp_kv_cache_interleave_size,  # which tokens of a block a rank holds
+        ],
         "data_parallel": [parallel.data_parallel_index, parallel.data_parallel_size],
         "attention_backend": str(config.attention_config.backend),
         "hardware": _hardware(),

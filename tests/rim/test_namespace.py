@@ -81,6 +81,7 @@ CHANGES = {
     "data parallel rank": {"change": setting("parallel_config", "data_parallel_index", 1)},
     "decode context parallel": {"change": setting("parallel_config", "decode_context_parallel_size", 2)},
     "prefill context parallel": {"change": setting("parallel_config", "prefill_context_parallel_size", 2)},
+    "context parallel interleave": {"change": setting("parallel_config", "cp_kv_cache_interleave_size", 16)},
     "implementation": {"change": setting("model_config", "model_impl", "transformers")},
     "attention backend": {"change": setting("attention_config", "backend", "FLASHINFER")},
     "quantization": {"change": setting("model_config", "quantization", "fp8")},
