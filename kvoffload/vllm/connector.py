@@ -80,14 +80,15 @@ class KVOffloadConnector(OffloadingConnector):
         # vLLM's second model runner zeroes a step's new blocks, and copies into them, before it calls handle_preemptions.
         self._overwrites_first = vllm_config.use_v2_model_runner
         geometry = Geometry.of(vllm_config, build_offloading_config(vllm_config, kv_cache_config), kv_cache_config)
+        weights_stay = vllm_config.weight_transfer_config is None
         if self.connector_scheduler is not None:
             if settings.enabled and settings.ssd_bytes != 0:
                 digests = Digests.load(settings.nvme_path[0])
                 identity = identity_fields(vllm_config, kv_cache_config, partial(digests.of, compute=content_digest))
-                self._manager.open(geometry, identity)
+                self._manager.open(geometry, identity, weights_stay)
                 digests.save()
             elif settings.enabled:
-                self._manager.open(geometry, {})  # nothing outlives this process, so nothing need be told apart
+                self._manager.open(geometry, {}, weights_stay)  # nothing outlives this process, so nothing need be told apart
         elif self.connector_worker is not None:
             spec = self.connector_worker.spec
             assert isinstance(spec, KVOffloadSpec)

@@ -119,8 +119,17 @@ class ManagerAdapter(OffloadingManager):
         self._admission = Admission(AdmitAll(), None, 0)
         self._wear: DriveWear | None = None
 
-    def open(self, geometry: Geometry, identity: dict[str, Any]) -> None:
-        """Opens the store and sizes the tiers; ConfigError or StoreError say what the user must change."""
+    def open(self, geometry: Geometry, identity: dict[str, Any], weights_stay: bool = True) -> None:
+        """Opens the store and sizes the tiers; ConfigError or StoreError say what the user must change.
+
+        weights_stay: False if vLLM may be given others while it runs, of which it does not tell us.
+        """
+        if not weights_stay:
+            logger.warning(
+                "kvoffload: vLLM can be given other weights while it runs (weight_transfer_config), so nothing is kept for the "
+                "next start; call /reset_prefix_cache?reset_external=true after each change, or old ones' blocks are served"
+            )
+            self._life = os.urandom(16)
         settings, ranks = self._settings, geometry.ranks
         dram = geometry.dram_plan(settings)
         if dram.is_tier:

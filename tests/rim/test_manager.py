@@ -55,10 +55,11 @@ def offloading_config() -> OffloadingConfig:
     )
 
 
-def adapter(dram_slots: int = 32, **settings) -> ManagerAdapter:
+def adapter(dram_slots: int = 32, weights_stay: bool = True, **settings) -> ManagerAdapter:
     settings.setdefault("dram_kv_offload_gb", (dram_slots + 4) * slot_bytes(PAYLOAD) / 1e9 + 0.0021)
     manager = ManagerAdapter(Config.parse(settings), offloading_config())
-    manager.open(Geometry(PAYLOAD, (PAYLOAD,) * len(GROUPS), ranks=1, engines=1, blocks_per_step=8), {"model": "test"})
+    geometry = Geometry(PAYLOAD, (PAYLOAD,) * len(GROUPS), ranks=1, engines=1, blocks_per_step=8)
+    manager.open(geometry, {"model": "test"}, weights_stay)
     return manager
 
 
@@ -215,6 +216,15 @@ def test_after_a_reset_blocks_are_kept_under_keys_no_other_process_asks_for():
     manager.reset_cache()
     renamed = manager.prepare_store(keys, context).store_spec.keys
     assert not set(renamed) & set(keys) and {len(key) for key in renamed} == {len(keys[0])}
+
+
+def test_where_vllm_may_be_given_other_weights_no_other_process_asks_for_what_is_kept():
+    found = []
+    for _ in range(2):
+        manager = adapter(weights_stay=False)
+        context, keys = request(manager, "r", 2)
+        found.append(manager.prepare_store(keys, context).store_spec.keys)
+    assert not set(found[0]) & set(found[1]) and not set(found[0] + found[1]) & set(keys)
 
 
 def test_a_load_of_what_is_not_held_is_answered_and_fails():
