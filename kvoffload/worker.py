@@ -32,7 +32,8 @@ from kvoffload.types import (
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S, LOAD_BYTES_PER_S = 5.0, 100e6  # a load may take the first, and its bytes over the second
-LOAD_OPS_MAX = 2048  # in the engine at once: half of what it takes, so that stores find room beside any load
+# Of loads in the engine at once, which takes 4096: so copies from DRAM find room beside any reads, and stores beside any loads.
+READ_OPS_MAX, LOAD_OPS_MAX = 2048, 3072
 STORE_TIMEOUT_S = 10.0  # vLLM may wait for it before it reuses a block
 DEMOTION_TIMEOUT_S = 60.0
 BATCH_MAX = 1024  # completions taken in one call
@@ -79,7 +80,7 @@ class Pending:
     demotion: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Operations that the engine had no room for yet."""
 
@@ -146,7 +147,8 @@ class Worker:
         self._copying: dict[int, float] = {}  # copies of blocks that were read, since when, the oldest first
         self._pending: dict[int, Pending] = {}
         self._jobs: dict[int, Job] = {}
-        self._waiting_loads: deque[Batch] = deque()
+        self._waiting_copies: deque[Batch] = deque()  # loads from DRAM alone, which need not wait for a drive
+        self._waiting_reads: deque[Batch] = deque()  # other loads
         self._waiting_others: deque[Batch] = deque()
         self._finished: list[tuple[int, bool]] = []
         self._report = TransferReport()
@@ -173,7 +175,8 @@ class Worker:
         is_urgent = blocks.patience_s is not None and blocks.patience_s < timeout_s
         if is_urgent:
             timeout_s = blocks.patience_s
-        self._start(Job(job_id, blocks.transfer, 0, is_urgent), ops[needed], keys, timeout_s, self._waiting_loads)
+        waiting = self._waiting_reads if needed[::2].any() else self._waiting_copies
+        self._start(Job(job_id, blocks.transfer, 0, is_urgent), ops[needed], keys, timeout_s, waiting)
 
     def store(self, job_id: int, blocks: BlockList) -> None:
         """Starts copying the blocks to their DRAM slots."""
@@ -249,7 +252,7 @@ class Worker:
         return report
 
     def wait(self, job_ids: Collection[int]) -> None:
-        """Sleeps until these jobs ended. They end by their deadline: the engine completes every operation by then."""
+        """Sleeps until these jobs ended. They do by their deadline, or when a copy into the KV cache that has begun is done."""
         self.poll()
         while any(job_id in self._jobs for job_id in job_ids):
             self._engine.wait(0.1)
@@ -260,39 +263,40 @@ class Worker:
 
     def _push(self) -> None:
         """Gives the engine what waits, loads first."""
-        self._push_from(self._waiting_loads)
-        self._push_from(self._waiting_others)
+        self._push_from(self._waiting_copies, LOAD_OPS_MAX)
+        self._push_from(self._waiting_reads, READ_OPS_MAX)
+        self._push_from(self._waiting_others, None)
 
-    def _push_from(self, batches: deque[Batch]) -> None:
-        loads = batches is self._waiting_loads
+    def _push_from(self, batches: deque[Batch], most: int | None) -> None:
+        """`most`: loads in the engine, if these are loads."""
+        now = time.monotonic()
+        for batch in [batch for batch in batches if batch.deadline <= now]:
+            self._give_up(batches, batch, errno.ECANCELED)  # never tried, which says nothing about the drive
         while batches:
             batch = batches[0]
-            left_s = batch.deadline - time.monotonic()
-            if left_s <= 0:
-                self._give_up(batches, errno.ECANCELED)  # never tried, which says nothing about the drive
-                continue
-            offered = batch.ops[: max(0, LOAD_OPS_MAX - self._load_ops)] if loads else batch.ops
+            offered = batch.ops if most is None else batch.ops[: max(0, most - self._load_ops)]
             if len(offered) and offered["flags"][-1] == OpFlag.LINK:
                 offered = offered[:-1]  # whole pairs
             if not len(offered):
                 return
-            offered["timeout_us"] = int(left_s * 1e6) or 1
+            offered["timeout_us"] = max(1, int((batch.deadline - now) * 1e6))
             try:
                 accepted = self._engine.submit(offered, self._current_stream())
             except ValueError as error:  # our mistake, or vLLM's: a failed batch, offered once, rather than a dead engine
                 logger.error("kvoffload: rank %d: the engine refuses %d operations: %s", self._rank, len(batch.ops), error)
-                self._give_up(batches, errno.EINVAL)
+                self._give_up(batches, batch, errno.EINVAL)
                 continue
-            self._load_ops += accepted if loads else 0
+            self._load_ops += accepted if most is not None else 0
             batch.ops = batch.ops[accepted:]
             if not len(batch.ops):
                 batches.popleft()
             elif accepted < len(offered):
                 return
 
-    def _give_up(self, batches: deque[Batch], error: int) -> None:
-        """Ends the first batch: what is left of it fails."""
-        for number in batches.popleft().ops["id"].tolist():
+    def _give_up(self, batches: deque[Batch], batch: Batch, error: int) -> None:
+        """What is left of the batch fails."""
+        batches.remove(batch)
+        for number in batch.ops["id"].tolist():
             self._complete(number, error, 0.0)
 
     def _complete(self, number: int, error: int, seconds: float) -> None:

@@ -318,17 +318,29 @@ def test_operations_the_engine_refuses_fail_and_those_behind_them_are_carried_ou
 
 
 def test_a_load_of_any_size_leaves_room_for_stores(monkeypatch):
-    monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 8)
-    engine = DeafEngine(room=10)
+    monkeypatch.setattr(worker_module, "READ_OPS_MAX", 8)
+    monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 12)
+    engine = DeafEngine(room=14)
     worker = Worker(engine, rank=0, group_bytes=[PAYLOAD])
     worker.load(1, block_list(16, [NO_SLOT] * 16, range(16), range(16)))
-    assert engine.room == 2
-    worker.store(2, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
+    assert engine.room == 6
+    worker.load(2, block_list(16, range(16), [NO_SLOT] * 16, range(16)))
+    assert engine.room == 2, "blocks that are in DRAM do not wait for all of a load that reads a drive"
+    worker.store(3, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
     assert engine.room == 0
 
 
+def test_a_load_whose_time_is_up_ends_though_an_earlier_one_still_waits():
+    worker = Worker(DeafEngine(room=2), rank=0, group_bytes=[PAYLOAD])
+    worker.load(1, block_list(4, [NO_SLOT] * 4, range(4), range(4)))
+    worker.load(2, replace(block_list(1, [NO_SLOT], [5], [5]), patience_s=0.0))
+    worker.poll()
+    assert worker.take_finished() == [(2, False)]
+    assert set(worker.take_report().failed[TRANSFER].values()) == {errno.ECANCELED}
+
+
 def test_every_hand_over_to_the_engine_names_the_stream_that_is_current_then(monkeypatch):
-    monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 2)
+    monkeypatch.setattr(worker_module, "READ_OPS_MAX", 2)
     engine, streams = DeafEngine(room=100), iter([11, 22, 33])
     worker = Worker(engine, rank=0, group_bytes=[PAYLOAD], current_stream=lambda: next(streams))
     worker.store(1, block_list(1, [0], [NO_SLOT], [0]))
