@@ -196,9 +196,9 @@ class Estimates:
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
-    def decide(self, now: float, computed: int, total: int, parts: Sequence[Part]) -> Decision:
+    def decide(self, now: float, computed: int, total: int, parts: Sequence[Part], again: bool = False) -> Decision:
         """How far to load a prompt of `total` tokens, of which `computed` need neither loading nor computing. `parts` follow
-        one another from there on; each is as large as can be.
+        one another from there on; each is as large as can be. `again`: it was asked for this prompt before.
 
         The time to the first token, when the load ends at n: load(bytes up to n) + prefill(total - n, after n). Saving grows
         with n at least linearly, and loading linearly within a part, so the best n is the end of a part, or `computed`.
@@ -208,7 +208,8 @@ class Estimates:
         loads = [0.0, *(self._load_s(parts[: count + 1]) for count in range(len(parts)))]
         if whole is None:
             return self._learn(now, computed, parts, loads[-1])
-        self._usual_s += (1 - FORGETTING) * (whole - self._usual_s)
+        if not again:
+            self._usual_s += (1 - FORGETTING) * (whole - self._usual_s)
         may_probe_tiers, rest = whole >= self._usual_s, max(1, total - ends[-1])
         times = [load + (self._recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
@@ -280,14 +281,16 @@ class Estimates:
             self._queued[tier] += more
         return Loading(now, nbytes, {tier: self._queued[tier] for tier in nbytes}, predicted_s)
 
-    def end_load(self, now: float, loading: Loading, arrived: bool, late: bool) -> Tier:
-        """`late`: it was given up, so it would have taken longer than it did. One that failed otherwise teaches nothing. Answers
-        the tier that it is taken to have waited for."""
+    def end_load(self, now: float, loading: Loading, arrived: bool, late: bool, for_drive: bool = False) -> Tier:
+        """`late`: it was given up, so it would have taken longer than it did; `for_drive`: reads were what it waited for. One that
+        failed otherwise teaches nothing. Answers the tier that it is taken to have waited for."""
         for tier, nbytes in loading.nbytes.items():
             self._queued[tier] -= nbytes
         seconds = now - loading.begun
         # Of several tiers it is the one that was expected to take longest; while nothing is known of it, the drive.
         slowest = max(loading.queued, key=lambda tier: self._expected_s(tier, loading.queued[tier]))
+        if for_drive and Tier.SSD in loading.queued:
+            slowest = Tier.SSD
         if not (arrived or late):
             return slowest
         self._compare("load", loading.predicted_s, seconds)

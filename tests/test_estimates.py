@@ -59,7 +59,8 @@ class World:
             seconds = self.load_s(nbytes)
             late = decision.patience_s is not None and seconds > decision.patience_s
             self.now += decision.patience_s if late else seconds
-            self.estimates.end_load(self.now, loading, not late, late)
+            slow = [tier for tier in nbytes if decision.patience_s and self.load_s({tier: nbytes[tier]}) > decision.patience_s]
+            self.estimates.end_load(self.now, loading, not late, late, Tier.SSD in slow)
             end = 0 if late else end
         self.compute(max(1, total - end), end)
         return decision, self.now - begun
@@ -168,6 +169,29 @@ def test_what_a_slow_drive_takes_is_not_charged_to_dram_that_was_loaded_beside_i
     both = [Part(2000, Tier.DRAM, 32 * MB), Part(4000, Tier.SSD, 32 * MB)]
     world.request(both, 4000)
     assert world.decide(both[:1], 2000).kind is Kind.LOAD
+
+
+def test_a_drive_that_became_slow_is_not_charged_to_dram_though_dram_had_more_to_load():
+    world = taught()
+    both = [Part(3900, Tier.DRAM, 3900 * TOKEN_BYTES), Part(4000, Tier.SSD, 100 * TOKEN_BYTES)]
+    for _ in range(CONVINCED):
+        world.request(both[:1], 3900)
+        world.request(both, 4000)
+    world.latency[Tier.SSD] = 5.0
+    for _ in range(2):
+        world.request(both, 4000)
+    assert world.decide(both[:1], 3900).kind is Kind.LOAD
+    assert world.decide(both, 4000).end < 4000
+
+
+def test_a_prompt_that_waits_and_is_asked_about_again_and_again_is_one_prompt():
+    world = taught()
+    for _ in range(20):
+        world.decide(ssd(1000), 1000)
+    usual = world.estimates._usual_s
+    for _ in range(20):
+        world.estimates.decide(world.now, 0, 4000, ssd(4000), again=True)
+    assert world.estimates._usual_s == usual
 
 
 def test_a_long_prompt_is_loaded_where_a_short_one_is_recomputed():

@@ -67,18 +67,25 @@ class Decisions:
         where they are, in order.
 
         A request that waits is decided about again at each step, as what it would queue behind changes. Except that one that
-        is to probe stays at it: probes are few, and it would not be chosen twice.
+        is to probe stays at it, and one that recomputes to learn what that takes: they are few, and it would not be chosen twice.
         """
         loads.parts = parts = self._parts(blocks)
         decision = self._wished(request, loads, computed, parts)
         if decision is None:
-            before = loads.decision
-            if before is not None and before.why is Why.PROBE and not loads.counted and computed < before.end <= parts[-1].end:
+            before = None if loads.counted else loads.decision
+            if before is not None and self._stays(before, computed, parts[-1].end):
                 decision = before
             else:
-                decision = self._estimates.decide(time.monotonic(), computed, request.num_tokens, parts)
+                now, again = time.monotonic(), before is not None
+                decision = self._estimates.decide(now, computed, request.num_tokens, parts, again)
         loads.decision, loads.end = decision, decision.end
         return decision
+
+    @staticmethod
+    def _stays(before: Decision, computed: int, end: int) -> bool:
+        if before.why is Why.PROBE:
+            return computed < before.end <= end
+        return before.why is Why.LEARNING and before.end == computed
 
     def _parts(self, blocks: Iterable[tuple[int, Tier]]) -> list[Part]:
         """Each ends after the one before: of blocks of several groups that end at one token, the tier is the slower one's."""
@@ -140,8 +147,9 @@ class Decisions:
             return
         now = time.monotonic()
         out_of_patience = loads.patience_s is not None and now - loads.loading.begun >= loads.patience_s  # be it for the GPU
-        late = out_of_patience or any(error in LATE for error in errors) or set(errors) == {errno.ECANCELED}
-        slowest = self._estimates.end_load(now, loads.loading, not errors, late)
+        for_drive = any(error in LATE for error in errors)  # copies that were late have another error
+        late = out_of_patience or for_drive or set(errors) == {errno.ECANCELED}
+        slowest = self._estimates.end_load(now, loads.loading, not errors, late, for_drive)
         self.load_seconds[slowest].append(now - loads.loading.begun)
         loads.loading = None
 

@@ -284,6 +284,18 @@ def test_a_request_that_is_to_probe_and_has_to_wait_stays_at_it(clock):
     assert decided(manager) == {("part", "probe"): 1}
 
 
+def test_a_request_that_is_to_recompute_to_learn_what_that_takes_and_has_to_wait_stays_at_it(clock):
+    manager, context, keys = held(clock)
+    loaded(manager, clock, 5.0)
+    assert not manager.limit_load(ask(), 0, TOKENS)
+    clock.now += 1e4
+    for _ in range(3):
+        manager.lift_limit(ask(), 0)
+        assert manager.limit_load(ask(), 0, TOKENS)
+    manager.note_scheduled(ask())
+    assert decided(manager) == {("recompute", "learning"): 1}
+
+
 def test_what_a_model_with_windows_matches_of_its_last_block_is_not_cut_off(clock):
     """vLLM leaves the last token of such a prompt to be computed, so what it matched need not end with a block."""
     manager, context, keys = held(clock)
