@@ -149,7 +149,7 @@ class TransferReport:
     failed: dict[int, dict[BlockKey, int]] = field(default_factory=dict)  # transfer id -> its failed blocks -> errno
     attach_error: str = ""  # why a rank could not open its slot files
     counters: dict[tuple[str, ...], float] = field(default_factory=dict)  # (name, label values...) -> increase
-    latencies: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds of each transfer
+    latencies: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds of transfers, some of many
 
     def __bool__(self) -> bool:
         return bool(self.demoted or self.failed or self.attach_error or self.counters)

@@ -6,6 +6,7 @@ for together; a demotion is the scheduler side's own and is reported by rank.
 
 import errno
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
@@ -37,6 +38,7 @@ READ_OPS_MAX, LOAD_OPS_MAX = 2048, 3072
 STORE_TIMEOUT_S = 10.0  # vLLM may wait for it before it reuses a block
 DEMOTION_TIMEOUT_S = 60.0
 BATCH_MAX = 1024  # completions taken in one call
+LATENCIES_MAX = 64  # of a direction that are told at once: of a load of thousands of blocks each as it came would be work for all
 LOAD_KINDS = (OpKind.READ, OpKind.COPY_IN)
 DRIVE_KINDS = (OpKind.READ, OpKind.WRITE)
 KINDS = tuple(OpKind)  # by number
@@ -249,6 +251,8 @@ class Worker:
         """What the scheduler side must know since the last call."""
         report, self._report = self._report, TransferReport()
         report.counters, self._counters = dict(self._counters), Counter()
+        for direction, seconds in report.latencies.items():
+            report.latencies[direction] = seconds[:: math.ceil(len(seconds) / LATENCIES_MAX)]
         return report
 
     def wait(self, job_ids: Collection[int]) -> None:
