@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from kvoffload.types import NO_SLOT, BlockKey, add_write_error
+from kvoffload.types import NO_SLOT, BlockKey, Tier, add_write_error
 
 
 class State(Enum):
@@ -24,6 +24,13 @@ class Placement(NamedTuple):
     generation: int
     dram_slot: int
     ssd_slot: int
+
+    @property
+    def source(self) -> Tier | None:
+        """Where a load takes it from."""
+        if self.ssd_slot != NO_SLOT:
+            return Tier.SSD
+        return Tier.DRAM if self.dram_slot != NO_SLOT else None
 
 
 class Stored(NamedTuple):

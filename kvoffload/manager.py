@@ -160,8 +160,8 @@ class BlockManager:
 
     # -- loads -------------------------------------------------------------------------------------------------
 
-    def load(self, keys: Sequence[BlockKey], owner: str) -> list[Placement]:
-        """Places to load `keys` from, in order; they stay in use until `load_done`.
+    def load(self, keys: Sequence[BlockKey], owner: str, allowed: Collection[Tier] = tuple(Tier)) -> list[Placement]:
+        """Places to load `keys` from, in order, in the nearest of the allowed tiers; they stay in use until `load_done`.
 
         A block that is not held gets a placement without slots, which workers answer with a failure: vLLM asks only
         for what a lookup promised in the same step, but its recomputing is better than our raising.
@@ -172,6 +172,8 @@ class BlockManager:
         may_move_in = self.dram_is_tier
         for key in keys:
             tier = self.tier(key)
+            if tier not in allowed:
+                tier = next((tier for tier in self.tiers(key) if tier in allowed), None)
             block = self._index.block(key) if tier is not None else None
             if block is None:
                 placements.append(Placement(key, 0, NO_SLOT, NO_SLOT))

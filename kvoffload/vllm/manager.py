@@ -268,17 +268,18 @@ class ManagerAdapter(OffloadingManager):
         self._decisions.end_request(request)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
-        return contract.HIT_SOURCES[self._core.tier(*self._keys([key], req_context))]
+        return contract.HIT_SOURCES[self._loadable_from(*self._keys([key], req_context), req_context)]
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> SlotSpec:
-        own_keys = self._keys(keys, req_context)
-        tiers = Counter(self._core.tier(key) for key in own_keys)
+        allowed = [tier for tier in Tier if contract.may_load_from(tier, req_context)]
+        placements = self._core.load(self._keys(keys, req_context), req_context.req_id, allowed)
+        tiers = Counter(place.source for place in placements if place.source is not None)
         for tier, blocks in tiers.items():
-            self._core.counters["kvoffload_hit_blocks_total", str(tier)] += blocks
+            self._core.counters["kvoffload_hit_blocks_total", tier.value] += blocks
         notes = self._notes(req_context)
         notes.transfer = next(self._transfers)
-        self._decisions.begin_load(notes.loads, {tier: blocks for tier, blocks in tiers.items() if tier is not None})
-        return SlotSpec.of(notes.transfer, self._core.load(own_keys, req_context.req_id), notes.loads.patience_s)
+        self._decisions.begin_load(notes.loads, tiers)
+        return SlotSpec.of(notes.transfer, placements, notes.loads.patience_s)
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         notes = self._notes(req_context)

@@ -232,6 +232,7 @@ def test_a_load_of_what_is_not_held_is_answered_and_fails():
     context, keys = request(manager, "r", 1)
     spec = manager.prepare_load(keys, context)
     assert (spec.dram_slots[0], spec.ssd_slots[0]) == (NO_SLOT, NO_SLOT)
+    assert not [name for name in manager._core.counters if name[0] == "kvoffload_hit_blocks_total"]
     manager.complete_load(set(keys), context)
 
 
@@ -247,6 +248,21 @@ def test_a_request_may_exclude_a_tier():
     assert hits(manager, context, keys) == [False]
     context.load_tier_filter = TierFilter((TierMatcher(medium=Medium.CPU),))
     assert hits(manager, context, keys) == [True]
+
+
+def test_a_request_that_excludes_dram_is_loaded_from_the_ssd_that_has_the_block_too(tmp_path):
+    manager = adapter(nvme_path=str(tmp_path), ssd_kv_offload_gb=0.01)
+    context, keys = request(manager, "r", 1)
+    store(manager, context, keys)
+    (demotion,) = end_step(manager).demotions
+    manager.take_in(TransferReport(demoted={demotion.id: 1}))
+    for medium, tier in ((Medium.CPU, "dram"), (Medium.STORAGE, "ssd")):
+        context.load_tier_filter = TierFilter((TierMatcher(medium=medium),))
+        spec = manager.prepare_load(keys, context)
+        assert (spec.ssd_slots[0] == NO_SLOT) == (tier == "dram")
+        manager.complete_load(set(keys), context)
+        assert manager._core.counters["kvoffload_hit_blocks_total", tier] == 1
+    manager.shutdown()
 
 
 def test_a_dram_tier_too_small_or_larger_than_the_machine_is_refused_with_figures():
