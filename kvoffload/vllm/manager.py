@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -61,7 +61,8 @@ class Notes:
     life: bytes  # what follows is of the time between two resets
     key_salt: bytes = field(init=False)
     transfer: int = 0  # its load in flight
-    recomputes: bool = False  # a load of it failed: it loads no more
+    sources: tuple[Tier, ...] = tuple(Tier)  # fewer once a load of it failed, and none once two did
+    failures: int = 0
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
     loads: Loads = field(default_factory=Loads)
     written: float = math.inf  # tokens whose KV was computed, once the request has ended
@@ -83,6 +84,14 @@ def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if settings.dram_bytes > memory:
         raise ConfigError(f"{asked} is more than the {memory / 1e9:.1f} GB of memory this machine has: lower it")
+
+
+def sources_after(errors: Set[int]) -> tuple[Tier, ...]:
+    """Where a request may load from once more whose load failed for these: what arrived by then is in DRAM, and a damaged block
+    says nothing of the others. But for the GPU it would only wait again."""
+    if errors <= {errno.EREMOTEIO, errno.ECANCELED}:
+        return ()
+    return tuple(Tier) if errors <= {errno.EBADMSG, errno.ENOENT, errno.ECANCELED} else (Tier.DRAM,)
 
 
 def write_budget(settings: Config, geometry: Geometry) -> float | None:
@@ -206,20 +215,24 @@ class ManagerAdapter(OffloadingManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         notes = self._notes(req_context)
-        if notes.recomputes or notes.limit is not None and contract.key_positions(req_context)[key] > notes.limit:
+        if not notes.sources or notes.limit is not None and contract.key_positions(req_context)[key] > notes.limit:
             return LookupResult.MISS
         own_key = salted(key, notes.key_salt)
-        if self._loadable_from(own_key, req_context) is not None:
+        if self._loadable_from(own_key, req_context, notes) is not None:
             self._core.lookup(own_key)
             return LookupResult.HIT
         self._core.counters["kvoffload_missed_lookups_total",] += 1
         return LookupResult.MISS
 
-    def _loadable_from(self, own_key: BlockKey, req_context: ReqContext) -> Tier | None:
+    def _loadable_from(self, own_key: BlockKey, req_context: ReqContext, notes: Notes) -> Tier | None:
         nearest = self._core.tier(own_key)
-        if nearest is None or contract.may_load_from(nearest, req_context):
+        if nearest is None or nearest in notes.sources and contract.may_load_from(nearest, req_context):
             return nearest
-        return next((tier for tier in self._core.tiers(own_key) if contract.may_load_from(tier, req_context)), None)
+        allowed = self._allowed(req_context, notes)
+        return next((tier for tier in self._core.tiers(own_key) if tier in allowed), None)
+
+    def _allowed(self, req_context: ReqContext, notes: Notes) -> list[Tier]:
+        return [tier for tier in notes.sources if contract.may_load_from(tier, req_context)]
 
     def lift_limit(self, request: "Request", computed: int) -> None:
         """The request is about to be looked up; so much of it is in GPU memory."""
@@ -240,7 +253,7 @@ class ManagerAdapter(OffloadingManager):
         found = []
         for key, position in contract.key_positions(context).items():
             if computed < position <= computed + matched:
-                tier = self._loadable_from(salted(key, salt), context)
+                tier = self._loadable_from(salted(key, salt), context, notes)
                 if tier is not None:
                     found.append((position, tier))
         if not found:
@@ -268,15 +281,16 @@ class ManagerAdapter(OffloadingManager):
         self._decisions.end_request(request)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
-        return contract.HIT_SOURCES[self._loadable_from(*self._keys([key], req_context), req_context)]
+        notes = self._notes(req_context)
+        return contract.HIT_SOURCES[self._loadable_from(salted(key, notes.key_salt), req_context, notes)]
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> SlotSpec:
-        allowed = [tier for tier in Tier if contract.may_load_from(tier, req_context)]
-        placements = self._core.load(self._keys(keys, req_context), req_context.req_id, allowed)
+        notes = self._notes(req_context)
+        own_keys = self._keys(keys, req_context)
+        placements = self._core.load(own_keys, req_context.req_id, self._allowed(req_context, notes))
         tiers = Counter(place.source for place in placements if place.source is not None)
         for tier, blocks in tiers.items():
             self._core.counters["kvoffload_hit_blocks_total", tier.value] += blocks
-        notes = self._notes(req_context)
         notes.transfer = next(self._transfers)
         self._decisions.begin_load(notes.loads, tiers)
         return SlotSpec.of(notes.transfer, placements, notes.loads.patience_s)
@@ -287,11 +301,12 @@ class ManagerAdapter(OffloadingManager):
         self._core.load_done(self._keys(keys, req_context), req_context.req_id, failed)
         self._decisions.end_load(notes.loads, failed.values())
         if failed:
-            notes.recomputes = True
-            reasons = sorted({errno.errorcode.get(error, str(error)) for error in failed.values()})
+            notes.failures += 1
+            errors = set(failed.values())
+            notes.sources = sources_after(errors) if notes.failures == 1 else ()
             logger.warning(
-                "kvoffload: request %s: %d of %d blocks did not load (%s); it recomputes",
-                req_context.req_id, len(failed), len(keys), ", ".join(reasons),
+                "kvoffload: request %s: %d of %d blocks did not load (%s); it recomputes what it cannot load otherwise",
+                req_context.req_id, len(failed), len(keys), ", ".join(sorted(errno.errorcode.get(e, str(e)) for e in errors)),
             )  # fmt: skip
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:

@@ -115,6 +115,10 @@ def test_an_old_version_stores_loads_and_recomputes_without_state_of_its_own(mon
     spec = manager.prepare_load(keys, other)
     manager.take_in(scenarios.TransferReport(failed={spec.transfer: {keys[2]: 5}}))
     manager.complete_load(set(keys), other)
+    assert scenarios.hits(manager, other, keys) == [True, True, False, True, True, True]
+    spec = manager.prepare_load(keys, other)
+    manager.take_in(scenarios.TransferReport(failed={spec.transfer: {keys[0]: 5}}))
+    manager.complete_load(set(keys), other)
     assert scenarios.hits(manager, other, keys) == [False] * 6
     manager.on_request_finished(other)
 

@@ -161,7 +161,7 @@ def test_blocks_of_several_groups_that_end_at_one_token_and_lie_in_two_tiers_are
     context, keys = request(manager, "r", BLOCKS, GROUPS)
     store(manager, context, keys)
     computed(manager, clock, 1.0)
-    monkeypatch.setattr(manager, "_loadable_from", lambda key, _context: Tier.SSD if key == keys[-1] else Tier.DRAM)
+    monkeypatch.setattr(manager, "_loadable_from", lambda key, *_: Tier.SSD if key == keys[-1] else Tier.DRAM)
     estimates = manager._decisions._estimates
     for tier, seconds in ((Tier.DRAM, 0.01), (Tier.SSD, 0.01 if knows == "suspect" else 0.5)):
         for _ in range(CONVINCED):

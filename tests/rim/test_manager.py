@@ -1,6 +1,7 @@
 """The scheduler half between vLLM's calls and the block manager: order, holes, failures, resets."""
 
 import errno
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -169,19 +170,44 @@ def test_blocks_stored_after_they_were_overwritten_are_not_held():
     assert hits(manager, context, keys[1:2]) == [True], "computed anew in the step that overwrote the block"
 
 
-def test_a_request_whose_load_failed_loads_no_more_and_others_do():
+def fail_load(manager: ManagerAdapter, context, keys, errors) -> None:
+    spec = manager.prepare_load(keys, context)
+    end_step(manager)
+    manager.take_in(TransferReport(failed={spec.transfer: errors}))
+    manager.complete_load(set(keys), context)
+
+
+def test_a_request_of_which_a_block_was_damaged_loads_the_others_and_after_a_second_failure_none():
     manager = adapter()
     context, keys = request(manager, "r", 4)
     store(manager, context, keys)
     assert hits(manager, context, keys) == [True] * 4
-    spec = manager.prepare_load(keys, context)
-    end_step(manager)
-    manager.take_in(TransferReport(failed={spec.transfer: {keys[2]: errno.EBADMSG}}))
-    manager.complete_load(set(keys), context)
+    fail_load(manager, context, keys, {keys[2]: errno.EBADMSG})
+    assert hits(manager, context, keys) == [True, True, False, True]
+    assert store(manager, context, keys) == keys[2:3]  # recomputed, and stored again
+    fail_load(manager, context, keys, {keys[3]: errno.EBADMSG})
     assert hits(manager, context, keys) == [False] * 4
     other, _ = request(manager, "r2", 4)
-    assert hits(manager, other, keys) == [True, True, False, True]
-    assert store(manager, context, keys) == keys[2:3]  # recomputed, and stored again
+    assert hits(manager, other, keys) == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("error", "kept"), [(errno.ETIME, True), (errno.EIO, True), (errno.EREMOTEIO, False)])
+def test_after_a_load_that_a_drive_kept_waiting_what_arrived_is_loaded_from_dram_and_nothing_from_the_drive(tmp_path, error, kept):
+    settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.01}
+    manager = adapter(**settings)
+    context, keys = request(manager, "r", 4)
+    store(manager, context, keys)
+    (file,) = tmp_path.rglob("*.slots")
+    os.truncate(file, 8 * slot_bytes(PAYLOAD))  # what workers do
+    manager.take_in(TransferReport(demoted={demotion.id: 1 for demotion in end_step(manager).demotions}))
+    manager.shutdown()
+    manager = adapter(**settings)
+    again, _ = request(manager, "r2", 4)
+    assert hits(manager, again, keys) == [True] * 4
+    errors = {keys[2]: error, keys[3]: errno.ECANCELED}
+    fail_load(manager, again, keys, errors)
+    assert hits(manager, again, keys) == [kept, kept, False, False]
+    manager.shutdown()
 
 
 def test_failures_of_jobs_from_before_a_reset_touch_nothing_after_it():
