@@ -203,7 +203,7 @@ class Estimates:
         The time to the first token, when the load ends at n: load(bytes up to n) + prefill(total - n, after n). Saving grows
         with n at least linearly, and loading linearly within a part, so the best n is the end of a part, or `computed`.
         """
-        whole = self._recompute_s(total, computed)
+        whole = self.recompute_s(total, computed)
         ends = [computed, *(part.end for part in parts)]
         loads = [0.0, *(self._load_s(parts[: count + 1]) for count in range(len(parts)))]
         if whole is None:
@@ -211,7 +211,7 @@ class Estimates:
         if not again:
             self._usual_s += (1 - FORGETTING) * (whole - self._usual_s)
         may_probe_tiers, rest = whole >= self._usual_s, max(1, total - ends[-1])
-        times = [load + (self._recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
+        times = [load + (self.recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
         suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
         if suspect is not None:
@@ -229,7 +229,7 @@ class Estimates:
         else:
             self._probing.pop(Prefill.size(rest), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
-        saved_s = whole - (self._recompute_s(total, ends[best]) or 0.0)
+        saved_s = whole - (self.recompute_s(total, ends[best]) or 0.0)
         if any(self._load[part.tier].is_new for part in parts[:best]):
             return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s))
         patience = max((self._patience[part.tier] for part in parts[:best]), default=PATIENCE)
@@ -257,7 +257,8 @@ class Estimates:
             return Decision(computed, Kind.RECOMPUTE, Why.LEARNING, None, None)
         return Decision(parts[-1].end, Kind.LOAD, Why.LEARNING, None, None)
 
-    def _recompute_s(self, total: int, context: int) -> float | None:
+    def recompute_s(self, total: int, context: int) -> float | None:
+        """Of a prompt of `total` tokens, of which `context` are there."""
         return self.prefill.seconds(max(1, total - context), context)
 
     def _load_s(self, parts: Sequence[Part]) -> float:

@@ -44,6 +44,7 @@ class Loads:
     blocks: dict[Tier, int] = field(default_factory=dict)  # that are loaded, by tier
     is_warned: bool = False  # of a wish that is none
     loading: Loading | None = None
+    waits_since: float | None = None  # for another request's load
 
     @property
     def patience_s(self) -> float | None:
@@ -70,6 +71,7 @@ class Decisions:
         is to probe stays at it, and one that recomputes to learn what that takes: they are few, and it would not be chosen twice.
         """
         loads.parts = parts = self._parts(blocks)
+        loads.waits_since = None
         decision = self._wished(request, loads, computed, parts)
         if decision is None:
             before = None if loads.counted else loads.decision
@@ -80,6 +82,22 @@ class Decisions:
                 decision = self._estimates.decide(now, computed, request.num_tokens, parts, again)
         loads.decision, loads.end = decision, decision.end
         return decision
+
+    def outlast(self, request: "Request", loads: Loads, computed: int, others: Iterable[Loads]) -> bool:
+        """Whether these loads of others take longer than to compute the request, as predicted or as it has waited by now."""
+        now = time.monotonic()
+        if loads.waits_since is None:
+            loads.waits_since = now
+        wish = (request.kv_transfer_params or {}).get(WISH)
+        compute_s = 0.0 if wish == Kind.RECOMPUTE else self._estimates.recompute_s(request.num_tokens, computed)
+        if compute_s is None or wish == Kind.LOAD:
+            return False
+        ends = [other.loading.begun + (other.loading.predicted_s or 0.0) for other in others if other.loading is not None]
+        if max(max(ends, default=now) - now, now - loads.waits_since) < compute_s:
+            return False
+        why = Why.FASTER if wish is None else Why.ASKED
+        loads.decision, loads.parts, loads.end = Decision(computed, Kind.RECOMPUTE, why, None, None), [], computed
+        return True
 
     @staticmethod
     def _stays(before: Decision, computed: int, end: int) -> bool:

@@ -110,6 +110,7 @@ class ManagerAdapter(OffloadingManager):
         self._store: Store | None = None
         self._attach: tuple[SlotFiles, ...] = ()
         self._transfers = count(1)
+        self._loading: dict[BlockKey, Loads] = {}  # by block in flight
         self._storing: dict[BlockKey, int] = {}  # by block in flight: its transfer
         self._failed: dict[int, dict[BlockKey, int]] = {}  # by transfer in flight: its failed blocks' errno
         self._sources: dict[int, tuple[list[BlockKey], list[int]]] = {}  # by store in flight: its keys and KV blocks
@@ -267,6 +268,19 @@ class ManagerAdapter(OffloadingManager):
         notes.limit = end if end < computed + matched else None
         return notes.limit is not None
 
+    def forgo_load(self, request: "Request", computed: int) -> bool:
+        """Whether to compute a request is sooner than to wait for the loads in flight that bring blocks of it after `computed`.
+        True: lookups find nothing of it now."""
+        if not contract.TELLS_POSITIONS or not self._settings.enabled:
+            return False
+        context = self._contexts[request.request_id]
+        notes = self._notes(context)
+        keys = (salted(key, notes.key_salt) for key, position in contract.key_positions(context).items() if position > computed)
+        others = {id(loads): loads for key in keys if (loads := self._loading.get(key)) is not None}
+        if self._decisions.outlast(request, notes.loads, computed, others.values()):
+            notes.limit = computed
+        return notes.limit is not None
+
     def note_scheduled(self, request: "Request") -> None:
         """The request has its KV blocks: what was decided is done."""
         self._decisions.count(request, self._notes(self._contexts[request.request_id]).loads)
@@ -293,12 +307,16 @@ class ManagerAdapter(OffloadingManager):
             self._core.counters["kvoffload_hit_blocks_total", tier.value] += blocks
         notes.transfer = next(self._transfers)
         self._decisions.begin_load(notes.loads, tiers)
+        self._loading.update(dict.fromkeys(own_keys, notes.loads))
         return SlotSpec.of(notes.transfer, placements, notes.loads.patience_s)
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         notes = self._notes(req_context)
         failed = self._failed.pop(notes.transfer, {})
-        self._core.load_done(self._keys(keys, req_context), req_context.req_id, failed)
+        own_keys = self._keys(keys, req_context)
+        for key in own_keys:
+            self._loading.pop(key, None)
+        self._core.load_done(own_keys, req_context.req_id, failed)
         self._decisions.end_load(notes.loads, failed.values())
         if failed:
             notes.failures += 1
@@ -364,6 +382,7 @@ class ManagerAdapter(OffloadingManager):
         self._failed.clear()
         self._sources.clear()
         self._storing.clear()
+        self._loading.clear()
         self._life = os.urandom(16)
         self._core.reset()
         self._decisions.forget_loads()

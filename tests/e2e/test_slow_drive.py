@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks import bench_load_or_recompute as bench
 from benchmarks import load_or_recompute_report as report
-from tests.e2e.offload import BLOCK, PROMPT, TOKENS, ask_one
-from tests.e2e.test_drive_faults import Life
-from tests.engine.faulty import FaultPlan
+from tests.e2e.offload import BLOCK, LOAD, PROMPT, TOKENS, ask, ask_one, settle
+from tests.e2e.test_drive_faults import LOGGING, Life
+from tests.engine.faulty import FaultPlan, environment
 
 SLOWER = 5  # to load a prompt takes as many times as long as to compute it takes on this machine, now
 
@@ -46,6 +46,23 @@ def test_a_prompt_is_computed_while_its_drive_is_slow_and_loaded_when_it_is_fast
 
     plan.heal()
     life.wait_until_loads_come_back(wish=None)
+
+
+def test_a_request_does_not_wait_for_anothers_slow_load_of_blocks_that_it_computes_sooner(serve, baseline, prompts, tmp_path, plan):
+    settings = {"nvme_path": str(tmp_path), "ssd_kv_offload_gb": 0.3}
+    engine = serve("llama", settings, env={**environment(plan), **LOGGING}, num_gpu_blocks_override=4 * PROMPT // BLOCK)
+    asked = prompts.many(2, PROMPT)
+    want = baseline.tokens("llama", asked, TOKENS)
+    assert ask(engine, asked) == want
+    settle(engine)
+    engine.reset_gpu_prefix_cache()
+    (computed,) = engine.generate(asked[1:], TOKENS, kv_transfer_params={"kvoffload": "recompute"})
+    plan.read.throttle(4 * SLOWER * max(computed.ttft_s, 1.0) * BLOCK / PROMPT)
+    slow = engine.submit(asked[0], TOKENS, kv_transfer_params=LOAD)
+    assert ask(engine, asked[:1], wish=None) == want[:1]
+    assert engine.metrics().sum("kvoffload_queued_blocks", queue="load") > 0, "it has waited for the load"
+    plan.heal()
+    assert engine.answer(slow).tokens == want[0]
 
 
 def test_a_request_that_wants_its_prompt_computed_gets_it_computed(serve, baseline, prompts, tmp_path, plan):

@@ -296,6 +296,43 @@ def test_a_request_that_is_to_recompute_to_learn_what_that_takes_and_has_to_wait
     assert decided(manager) == {("recompute", "learning"): 1}
 
 
+def test_a_request_waits_for_anothers_load_of_its_blocks_unless_computing_it_is_sooner(clock):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 1.0)
+    loaded(manager, clock, 0.1)
+    manager.limit_load(ask(), 0, TOKENS)
+    manager.prepare_load(keys, context)
+    shares, _ = request(manager, "s", BLOCKS)
+    manager.lift_limit(ask("s"), 0)
+    assert not manager.forgo_load(ask("s"), 0), "a tenth of a second more"
+    assert all(hits(manager, shares, keys))
+    assert not manager.forgo_load(ask("s", kvoffload="load"), 0)
+    clock.now += 1.0  # the load takes longer than was thought
+    manager.lift_limit(ask("s"), 0)
+    assert manager.forgo_load(ask("s"), 0)
+    assert not any(hits(manager, shares, keys))
+    manager.note_scheduled(ask("s"))
+    assert decided(manager) == {("recompute", "faster"): 1}
+
+
+def test_a_request_does_not_wait_for_a_load_that_will_take_longer_than_computing_it(clock):
+    manager, context, keys = held(clock)
+    computed(manager, clock, 1.0)
+    computed(manager, clock, 1000.0, 100 * TOKENS)
+    loaded(manager, clock, 5.0)
+    long = SimpleNamespace(**vars(ask()) | {"num_tokens": 100 * TOKENS})
+    manager.limit_load(long, 0, TOKENS)
+    manager.prepare_load(keys, context)
+    shares, _ = request(manager, "s", BLOCKS)
+    manager.lift_limit(ask("s"), 0)
+    assert manager.forgo_load(ask("s"), 0)
+    wants, _ = request(manager, "t", BLOCKS)
+    manager.lift_limit(ask("t"), 0)
+    assert manager.forgo_load(ask("t", kvoffload="recompute"), 0)
+    manager.complete_load(keys, context)
+    assert manager._loading == {}
+
+
 def test_what_a_model_with_windows_matches_of_its_last_block_is_not_cut_off(clock):
     """vLLM leaves the last token of such a prompt to be computed, so what it matched need not end with a block."""
     manager, context, keys = held(clock)
