@@ -6,8 +6,7 @@ import math
 import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Container, Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Collection, Container, Iterable, Mapping
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -41,7 +40,8 @@ from kvoffload.types import BlockKey, SlotFiles, Tier, TransferPlan, TransferRep
 from kvoffload.vllm import contract
 from kvoffload.vllm.decisions import Decisions, Loads
 from kvoffload.vllm.geometry import Geometry
-from kvoffload.vllm.identity import LoraSalts, salted, siblings
+from kvoffload.vllm.identity import LoraSalts, siblings
+from kvoffload.vllm.notes import Notes
 from kvoffload.vllm.transfer import SlotSpec
 
 if TYPE_CHECKING:
@@ -50,26 +50,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
-
-
-
-@dataclass
-class Notes:
-    """What we remember of a request, in vLLM's own context of it: completions may come after it has ended."""
-
-    salt: bytes
-    life: bytes  # what follows is of the time between two resets
-    key_salt: bytes = field(init=False)
-    transfer: int = 0  # its load in flight
-    sources: tuple[Tier, ...] = tuple(Tier)  # fewer once a load of it failed, and none once two did
-    failures: int = 0
-    has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
-    loads: Loads = field(default_factory=Loads)
-    written: float = math.inf  # tokens whose KV was computed, once the request has ended
-    limit: int | None = None  # lookups of blocks that end behind this token miss: they are not worth loading
-
-    def __post_init__(self) -> None:
-        self.key_salt = self.salt + self.life
 
 
 def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
@@ -84,14 +64,6 @@ def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if settings.dram_bytes > memory:
         raise ConfigError(f"{asked} is more than the {memory / 1e9:.1f} GB of memory this machine has: lower it")
-
-
-def sources_after(errors: Set[int]) -> tuple[Tier, ...]:
-    """Where a request may load from once more whose load failed for these: what arrived by then is in DRAM, and a damaged block
-    says nothing of the others. But for the GPU it would only wait again."""
-    if errors <= {errno.EREMOTEIO, errno.ECANCELED}:
-        return ()
-    return tuple(Tier) if errors <= {errno.EBADMSG, errno.ENOENT, errno.ECANCELED} else (Tier.DRAM,)
 
 
 def write_budget(settings: Config, geometry: Geometry) -> float | None:
@@ -203,22 +175,13 @@ class ManagerAdapter(OffloadingManager):
             contract.set_state(req_context, notes)
         return notes
 
-    def _keys(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> list[BlockKey]:
-        salt = self._notes(req_context).key_salt
-        return [salted(key, salt) for key in keys]
-
-    def _own_keys(self, req_context: ReqContext) -> list[BlockKey]:
-        """All keys of a request by their position in it, over all groups."""
-        positions = contract.key_positions(req_context)
-        return self._keys(sorted(positions, key=positions.__getitem__), req_context)
-
     # -- vLLM's questions and orders -----------------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         notes = self._notes(req_context)
         if not notes.sources or notes.limit is not None and contract.key_positions(req_context)[key] > notes.limit:
             return LookupResult.MISS
-        own_key = salted(key, notes.key_salt)
+        own_key = notes.own_key(key)
         if self._loadable_from(own_key, req_context, notes) is not None:
             self._core.lookup(own_key)
             return LookupResult.HIT
@@ -250,11 +213,10 @@ class ManagerAdapter(OffloadingManager):
         if not contract.TELLS_POSITIONS:  # all of it is loaded
             notes.loads.end = computed + matched
             return False
-        salt = notes.key_salt
         found = []
         for key, position in contract.key_positions(context).items():
             if computed < position <= computed + matched:
-                tier = self._loadable_from(salted(key, salt), context, notes)
+                tier = self._loadable_from(notes.own_key(key), context, notes)
                 if tier is not None:
                     found.append((position, tier))
         if not found:
@@ -275,7 +237,7 @@ class ManagerAdapter(OffloadingManager):
             return False
         context = self._contexts[request.request_id]
         notes = self._notes(context)
-        keys = (salted(key, notes.key_salt) for key, position in contract.key_positions(context).items() if position > computed)
+        keys = (notes.own_key(key) for key, position in contract.key_positions(context).items() if position > computed)
         others = {id(loads): loads for key in keys if (loads := self._loading.get(key)) is not None}
         if self._decisions.outlast(request, notes.loads, computed, others.values()):
             notes.limit = computed
@@ -296,11 +258,11 @@ class ManagerAdapter(OffloadingManager):
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
         notes = self._notes(req_context)
-        return contract.HIT_SOURCES[self._loadable_from(salted(key, notes.key_salt), req_context, notes)]
+        return contract.HIT_SOURCES[self._loadable_from(notes.own_key(key), req_context, notes)]
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> SlotSpec:
         notes = self._notes(req_context)
-        own_keys = self._keys(keys, req_context)
+        own_keys = notes.own_keys(keys)
         placements = self._core.load(own_keys, req_context.req_id, self._allowed(req_context, notes))
         tiers = Counter(place.source for place in placements if place.source is not None)
         for tier, blocks in tiers.items():
@@ -313,15 +275,14 @@ class ManagerAdapter(OffloadingManager):
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         notes = self._notes(req_context)
         failed = self._failed.pop(notes.transfer, {})
-        own_keys = self._keys(keys, req_context)
+        own_keys = notes.own_keys(keys)
         for key in own_keys:
             self._loading.pop(key, None)
         self._core.load_done(own_keys, req_context.req_id, failed)
         self._decisions.end_load(notes.loads, failed.values())
         if failed:
-            notes.failures += 1
             errors = set(failed.values())
-            notes.sources = sources_after(errors) if notes.failures == 1 else ()
+            notes.note_failed_load(errors)
             logger.warning(
                 "kvoffload: request %s: %d of %d blocks did not load (%s); it recomputes what it cannot load otherwise",
                 req_context.req_id, len(failed), len(keys), ", ".join(sorted(errno.errorcode.get(e, str(e)) for e in errors)),
@@ -331,15 +292,12 @@ class ManagerAdapter(OffloadingManager):
         notes = self._notes(req_context)
         if not self._settings.enabled or notes.has_hole:
             return PrepareStoreOutput([], SlotSpec.of(0, []), [])
-        salt = notes.key_salt
         contract.note_keys(req_context, keys)
         positions = contract.key_positions(req_context)
-        own_keys = {salted(key, salt): key for key in keys if self._is_written(positions.get(key, 0), notes)}
+        own_keys = {notes.own_key(key): key for key in keys if self._is_written(positions.get(key, 0), notes)}
         in_order = sorted(own_keys, key=lambda own: positions.get(own_keys[own], 0))
-        own = {key: place for place, key in enumerate(self._own_keys(req_context))} if salt else positions
-        stored = self._core.store(
-            [(key, self._group_numbers[get_offload_group_idx(key)]) for key in in_order], req_context.req_id, own
-        )
+        groups = [(key, self._group_numbers[get_offload_group_idx(key)]) for key in in_order]
+        stored = self._core.store(groups, req_context.req_id, notes.own_positions(req_context))
         notes.has_hole = stored.dropped > 0
         by_key = {placement.key: placement for placement in stored.placements}
         placements = [by_key[key] for key in own_keys if key in by_key]  # in vLLM's order: that of its block ids
@@ -354,7 +312,7 @@ class ManagerAdapter(OffloadingManager):
         return contract.block_end(position, self._tokens_per_block) <= notes.written
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
-        own_keys = self._keys(keys, req_context)
+        own_keys = self._notes(req_context).own_keys(keys)
         transfers = {self._storing.pop(key) for key in own_keys if key in self._storing}
         failed = {key for transfer in transfers for key in self._failed.pop(transfer, {})}
         for transfer in transfers:
@@ -366,7 +324,8 @@ class ManagerAdapter(OffloadingManager):
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         # Not in `touch`: vLLM calls it too often, from the first key to the last, and since 0.31 nowhere.
-        self._core.touch(self._own_keys(req_context), req_context.req_id)
+        own = self._notes(req_context).own_positions(req_context)
+        self._core.touch(sorted(own, key=own.__getitem__), req_context.req_id)
         self._contexts.pop(req_context.req_id, None)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:

@@ -12,6 +12,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.types import Tier
 from kvoffload.vllm import contract
 from kvoffload.vllm import manager as manager_module
+from kvoffload.vllm import notes as notes_module
 from tests.rim import test_manager as scenarios
 
 
@@ -93,7 +94,9 @@ def test_block_outermost_is_asked_for_on_cuda_only_and_by_versions_that_have_it(
 
 
 def old_adapter(monkeypatch, **arguments):
-    monkeypatch.setattr(manager_module, "contract", load("0.26.0", monkeypatch))
+    old = load("0.26.0", monkeypatch)
+    for module in (manager_module, notes_module):
+        monkeypatch.setattr(module, "contract", old)
     return scenarios.adapter(**arguments)
 
 
@@ -109,7 +112,7 @@ def test_an_old_version_stores_loads_and_recomputes_without_state_of_its_own(mon
     manager.touch(keys[:4], context)
     assert scenarios.store(manager, context, keys[:4]) == keys[:4]
     assert scenarios.store(manager, context, keys[4:]) == keys[4:]
-    assert manager._own_keys(context) == keys
+    assert list(manager._notes(context).own_positions(context)) == keys
     other, _ = old_request(manager, "r2", 6)
     assert scenarios.hits(manager, other, keys) == [True] * 6
     spec = manager.prepare_load(keys, other)
