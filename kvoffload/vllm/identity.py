@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 Content = Callable[[Path], str]  # tells files of different content apart
 NO_FILES = "none"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+LOOK_S = 1.0  # an adapter's files are waited for
+ADAPTERS_MAX = 1000  # of which salts are remembered
 BESIDE = ("*.json", "*.py")
 IN_FIELDS = ("config.json", "generation_config.json")  # as vLLM understands them, overrides included
 # Of vLLM's multimodal settings, those that change no block: sizes and ways of caches, limits, profiling.
@@ -186,8 +189,29 @@ class LoraSalts:
     def __init__(self) -> None:
         self._began_ns = time.time_ns()
         self._seen: dict[tuple[int, str], tuple[list[str], bytes]] = {}
+        self._looking: threading.Thread | None = None
 
     def of(self, adapter: "LoRARequest") -> bytes:
+        """Looks at the files in a thread, for a network's file system may never answer: who asked gets a random salt after
+        LOOK_S, and who asks after that at once, until it does."""
+        if self._looking is not None and self._looking.is_alive():
+            return os.urandom(16)
+        found: list[bytes] = []
+        self._looking = threading.Thread(target=lambda: found.append(self._look(adapter)), name="kvoffload-lora", daemon=True)
+        try:
+            self._looking.start()
+        except RuntimeError:  # there is no thread to be had now
+            self._looking = None
+            return os.urandom(16)
+        self._looking.join(LOOK_S)
+        if not found:
+            logger.warning(
+                "kvoffload: the files of LoRA adapter %s cannot be read in %g s: until they are, what is computed with adapters is "
+                "not kept", adapter.lora_path, LOOK_S,
+            )  # fmt: skip
+        return found[0] if found else os.urandom(16)
+
+    def _look(self, adapter: "LoRARequest") -> bytes:
         name = (adapter.lora_int_id, adapter.lora_path)
         try:
             stamps, changed_ns = _stamps(adapter.lora_path)
@@ -204,7 +228,10 @@ class LoraSalts:
                     adapter.lora_path,
                 )
             self._seen[name] = stamps, os.urandom(16)
-        return self._seen[name][1]
+        salt = self._seen[name][1]
+        while len(self._seen) > ADAPTERS_MAX:
+            del self._seen[next(iter(self._seen))]
+        return salt
 
 
 def _adapter_directory(lora_path: str) -> Path:

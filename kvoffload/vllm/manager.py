@@ -157,7 +157,7 @@ class ManagerAdapter(OffloadingManager):
     def announce(self, request: "Request") -> None:
         """Called by the connector before `on_new_request`, which is not told about LoRA."""
         self._decisions.begin_request(request)
-        if request.lora_request is not None:
+        if request.lora_request is not None and self._settings.enabled:
             self._salts[request.request_id] = self._lora_salts.of(request.lora_request)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:

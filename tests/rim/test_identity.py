@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from vllm.lora.request import LoRARequest
 
 from kvoffload.store import Digests, digests
 from kvoffload.types import KEY_BYTES_MAX
+from kvoffload.vllm import identity as identity_module
 from kvoffload.vllm.identity import LoraSalts, content_digest, model_digest, salted
 from tests.store.helpers import tick
 
@@ -207,6 +209,29 @@ def test_an_adapter_that_cannot_be_read_shares_its_blocks_with_no_other_process(
     missing = salts.of(adapter(tmp_path / "missing"))
     assert salts.of(adapter(tmp_path / "missing")) == missing
     assert LoraSalts().of(adapter(tmp_path / "missing")) != missing
+
+
+def test_files_that_do_not_answer_hold_nobody_up_and_share_their_blocks_with_nobody(weights, monkeypatch, caplog):
+    salts = LoraSalts()
+    right = salts.of(adapter(weights))
+    answers = threading.Event()
+    real = identity_module._stamps
+    with monkeypatch.context() as during:
+        during.setattr(identity_module, "LOOK_S", 0.01)
+        during.setattr(identity_module, "_stamps", lambda path: answers.wait() and real(path))
+        found = {salts.of(adapter(weights)) for _ in range(3)} | {right}
+        assert len(found) == 4 and caplog.text.count("cannot be read in") == 1
+        answers.set()
+        salts._looking.join()
+    assert salts.of(adapter(weights)) == right
+
+
+def test_salts_of_many_adapters_are_not_all_remembered(weights, monkeypatch):
+    monkeypatch.setattr(identity_module, "ADAPTERS_MAX", 2)
+    salts = LoraSalts()
+    for number in range(5):
+        salts.of(LoRARequest(f"a{number}", number + 1, str(weights)))
+    assert len(salts._seen) == 2
 
 
 def test_a_salted_key_keeps_its_length_and_group():
