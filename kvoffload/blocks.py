@@ -54,7 +54,7 @@ class Block:
         self.user = ""  # the request that used it last
         self.uses = 1  # requests that are known to have used it; counted where admission asks
         self.unread = False  # written to the SSD and not read from there since
-        self.depth = depth  # its place in that request; 0 also when it is not known
+        self.depth = depth  # how far behind in that request; 0 also when it is not known
         self.dram, self.dram_slot = ABSENT, NO_SLOT
         self.ssd, self.ssd_slot = ABSENT, NO_SLOT
         self.dirty = False  # ready in DRAM and still wanted on SSD

@@ -152,7 +152,7 @@ class TransferReport:
     latencies: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds of transfers, some of many
 
     def __bool__(self) -> bool:
-        return bool(self.demoted or self.failed or self.attach_error or self.counters)
+        return self != TransferReport()
 
     def add(self, other: "TransferReport") -> None:
         for number, ranks in other.demoted.items():

@@ -10,7 +10,8 @@ from kvoffload.policy.lru import LRU
 from kvoffload.policy.s3fifo import S3FIFO
 from kvoffload.policy.sieve import SIEVE
 
-# By the name that users give: a new policy is a file and a line here. Each is made for a number of blocks.
+# By the names that `kvoffload simulate` takes; an engine has DEFAULT. A new policy is a file and a line here. Each is made for a
+# number of blocks.
 POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "arc": ARC,
     "fifo": FIFO,
