@@ -194,6 +194,11 @@ class Directory:
                 raise
             return fd
 
+    def rename(self, name: str, other: str) -> None:
+        """Give a file another name, in place of what has it."""
+        with self.located(name):
+            os.rename(name, other, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
     def remove(self, name: str) -> None:
         """Remove a file (or the symlink itself) if it is there."""
         with contextlib.suppress(FileNotFoundError), self.located(name):

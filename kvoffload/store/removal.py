@@ -35,8 +35,8 @@ def remove(
     chosen: names, and when they were last used as far as the caller knows: one that was used since stays. wipe: write zeros
     over what the files hold, and call `wiped` with the bytes done, before they go. No engine can open a namespace meanwhile:
     the lock under which namespaces come and go is held, and while zeros are written, which may take minutes, the namespace's
-    own. By then its journal and its slot files have no names any more, so that it is empty whatever ends us; its manifest goes
-    last, for it says to who else starts how much of the cap this holds.
+    own. By then it is empty, whatever ends us, and what has not been overwritten is found by whoever wipes it again. Its manifest
+    goes last, for it says to who else starts how much of the cap this holds.
     """
     with contextlib.ExitStack() as held:
         roots = []
@@ -137,36 +137,50 @@ def _unlink(parts: Sequence[_Part], _held: contextlib.ExitStack) -> None:
 
 
 def _forget(parts: Sequence[_Part], held: contextlib.ExitStack) -> None:
-    """Take the names of what is to be overwritten away, for good, and keep it open. The journals are the first."""
+    """Make the namespace empty, for good, before anything in it is overwritten: journals lose their names and are kept open, slot
+    files get names that no engine opens and every removal finds."""
     for part in parts:
-        for name in sorted(set(part.directory.names()) - _KEPT, key=lambda name: (name not in _JOURNALS, name)):
+        names = set(part.directory.names()) - _KEPT
+        for name in names.intersection(_JOURNALS):
             fd = part.directory.open_file(name)
             held.callback(os.close, fd)
             part.directory.remove(name)
             part.forgotten.append(fd)
-            if name in _JOURNALS:
-                part.directory.sync()
+        part.directory.sync()
+        for name in names.difference(_JOURNALS):
+            if not name.endswith(TEMPORARY_SUFFIX):
+                part.directory.rename(name, name + TEMPORARY_SUFFIX)
+        part.directory.sync()
 
 
 def _overwrite(parts: Sequence[_Part], wiped: Callable[[int], None]) -> None:
     for part in parts:
         for fd in part.forgotten:
             _zero(fd, wiped)
+        for name in part.directory.names():
+            if name not in _KEPT:
+                fd = part.directory.open_file(name)
+                with part.directory.located(name):
+                    try:
+                        _zero(fd, wiped)
+                    finally:
+                        os.close(fd)
 
 
 def _unlink_wiped(parts: Sequence[_Part], wiped: Callable[[int], None]) -> None:
     for part in parts:
-        with part.directory.located(MANIFEST):
-            fd = part.directory.open_file(MANIFEST)
-            try:
-                namespace.remove(part.root, part.directory)
+        with contextlib.ExitStack() as held:
+            fd = None
+            if MANIFEST in part.directory.names():  # a start that was killed may have left none
+                fd = part.directory.open_file(MANIFEST)
+                held.callback(os.close, fd)
+            namespace.remove(part.root, part.directory)
+            if fd is not None:
                 _zero(fd, wiped)
-            finally:
-                os.close(fd)
 
 
 def _zero(fd: int, wiped: Callable[[int], None]) -> None:
-    """Write zeros over what the file holds (not over its holes, which would only take space), to the medium, and empty it."""
+    """Write zeros over what the file holds (not over its holes, which would only take space), to the medium."""
     at, end = 0, os.fstat(fd).st_size
     zeros = bytes(min(WIPE_CHUNK_BYTES, end))
     while at < end:
@@ -182,4 +196,3 @@ def _zero(fd: int, wiped: Callable[[int], None]) -> None:
             at += step
             wiped(step)
     os.fdatasync(fd)
-    os.ftruncate(fd, 0)
