@@ -156,6 +156,11 @@ class Growth:
         self._synced = {(directory.path, superblock.file_name): 0 for directory, files in paths for superblock in files}
         self._failing: set[int] = set()  # paths, of which the log has told
 
+    def sync(self) -> None:
+        """Sync the files that grew; OSError or StoreError if one is gone or its drive fails."""
+        for directory, files in self._paths:
+            self._sync_path(directory, files)
+
     def reached(self, slots: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which of the slots lie where their files reach, whatever happens. Syncs those of the files that grew.
 
@@ -166,8 +171,7 @@ class Growth:
         for index in np.unique(on):
             directory, files = self._paths[index]
             try:
-                for superblock in files:
-                    self._sync(directory, superblock.file_name)
+                self._sync_path(directory, files)
                 self._failing.discard(index)
             except (OSError, StoreError) as error:
                 if index not in self._failing:
@@ -176,16 +180,17 @@ class Growth:
             reach[index] = min(self._slots(directory, superblock) for superblock in files)
         return slots // len(self._paths) < reach[on]
 
-    def _sync(self, directory: Directory, name: str) -> None:
-        with directory.located(name):
-            size = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_size
-            if size != self._synced[directory.path, name]:
-                fd = directory.open_file(name, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                self._synced[directory.path, name] = size
+    def _sync_path(self, directory: Directory, files: Sequence[Superblock]) -> None:
+        for name in (superblock.file_name for superblock in files):
+            with directory.located(name):
+                size = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_size
+                if size != self._synced[directory.path, name]:
+                    fd = directory.open_file(name, os.O_RDONLY)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+                    self._synced[directory.path, name] = size
 
     def _slots(self, directory: Directory, superblock: Superblock) -> int:
         """How many whole slots the file had when it was synced."""

@@ -52,7 +52,7 @@ class JournalWriter:
         `found`: the blocks there are. `good`: records, one whole after the other, that say the same; if they are not many more
         than needed they are written as they are, which for a million is a second less than making them anew.
         `reached` says which slots lie in files that are sure to hold them, and is asked before a PUT is written to the journal, for
-        the kernel may bring that to the disk before it is asked to. PUTs of other slots are left out until the next compaction.
+        the kernel may bring that to the disk before it is asked to. PUTs of other slots are left out until their files do.
         """
         self._directory = directory
         self._index = Index(slot_count, found)
@@ -77,6 +77,8 @@ class JournalWriter:
         self._compactions = 0
         self._fd = -1
         self._size = self._sequence = 0
+        self._left_out: set[int] = set()  # slots of which a PUT is not written, for their file may not reach there
+        self._left_at = 0.0
         is_short = 0 < len(good) <= REUSED_MAX * len(found) * journal.RECORD_BYTES and len(good) < self._limit
         if is_short and self._reached(found.slots).all():
             self._replace([good], len(good) // journal.RECORD_BYTES)
@@ -135,7 +137,7 @@ class JournalWriter:
     def _run(self) -> None:
         last = False
         while not last:
-            restless = self._durable < self._taken or self._failed_at is not None
+            restless = self._durable < self._taken or self._failed_at is not None or bool(self._left_out)
             self._wake.wait(_SYNC_SECONDS if restless else None)
             if not (self._stopping or self._is_flush_waiting()):
                 time.sleep(_GATHER_SECONDS)
@@ -144,6 +146,8 @@ class JournalWriter:
             if self._failed_at is not None and (last or time.monotonic() - self._failed_at >= _RETRY_SECONDS):
                 self._repair()
             self._drain()
+            if self._left_out and (last or time.monotonic() - self._left_at >= _RETRY_SECONDS):
+                self._bring_in()
             if last or self._is_flush_waiting() or time.monotonic() - self._synced_at >= _SYNC_SECONDS:
                 self._sync()
         os.close(self._fd)
@@ -198,14 +202,25 @@ class JournalWriter:
     def _holdable(self, batch: list[Record]) -> list[Record]:
         slots = np.array([record.slot for record in batch if record.kind == Kind.PUT], np.uint32)
         unreached = set(slots[~self._reached(slots)].tolist())
-        held = [record for record in batch if record.kind != Kind.PUT or record.slot not in unreached]
-        self._dropped += len(batch) - len(held)
-        return held
+        self._left_out |= unreached
+        return [record for record in batch if record.kind != Kind.PUT or record.slot not in unreached]
+
+    def _bring_in(self) -> None:
+        """Write what was left out, if its files reach there by now."""
+        self._left_at = time.monotonic()
+        try:
+            is_due = self._failed_at is None and self._reached(np.array(sorted(self._left_out), np.uint32)).any()
+        except MemoryError:
+            return
+        if is_due:
+            self._repair()
 
     def _compact(self) -> None:
         """Put a journal in place that says what the index says; the old one stays whole until then."""
         table = self._index.table()
-        table = table.where(self._reached(table.slots))
+        is_held = self._reached(table.slots)
+        self._left_out = set(table.slots[~is_held].tolist())
+        table = table.where(is_held)
         self._replace(journal.encode_records(journal.puts(table), 1), len(table))
         self._compactions += 1
 

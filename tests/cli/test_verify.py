@@ -10,7 +10,7 @@ import pytest
 from kvoffload.cli import scrub
 from tests.cli.helpers import fill, flip, namespace_of, running, slot_at, snapshot
 from tests.patience import PATIENCE_S
-from tests.store.helpers import PAYLOAD, key, open_store, slot_file
+from tests.store.helpers import PAYLOAD, open_store, slot_file, write_blocks
 
 
 def verified(kvoffload, *paths):
@@ -155,7 +155,9 @@ def test_an_empty_cache_is_sound(kvoffload, tmp_path):
     open_store(tmp_path).close()
     assert verified(kvoffload, tmp_path)[0] == 0
     with open_store(tmp_path) as store:
-        store.put(key(1), 1, store.next_generation(), 0)  # of which no rank ever wrote a byte
+        write_blocks(store, [1])
+    for rank in range(2):
+        os.truncate(slot_file(tmp_path, rank), slot_at(0))
     code, found = verified(kvoffload, tmp_path)
     assert code == 1 and len(found["damage"]) == 2
 
