@@ -60,8 +60,8 @@ class Store:
 
         identity_fields: what must be equal for bytes to be shared, writable as JSON. payload_bytes: the largest block
         of any group on one rank. siblings: identity_fields of this deployment's other engines, with which the cap is divided
-        (data parallelism); what they left is not obsolete. May take seconds. StoreError: the paths, the files or the cap do
-        not allow it.
+        (data parallelism); what they left is not obsolete, unless the cap leaves no room beside it. May take seconds.
+        StoreError: the paths, the files or the cap do not allow it.
         REQUIRES: config has an SSD tier.
         """
         if config.ssd_bytes == 0:

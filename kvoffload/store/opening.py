@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import StoreError
 from ..layout import SUPERBLOCK_BYTES
 from ..table import NO_BLOCKS, BlockTable
-from . import capacity, journal, namespace, removal, slotfile
+from . import capacity, journal, namespace, slotfile
 from .directory import TEMPORARY_SUFFIX, Directory, explained
 from .namespace import Identity, Lock, Manifest
 from .slotfile import REMEDY, Growth, Superblock
@@ -76,7 +76,14 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
             found = _inspect_or_discard(places, identity, config.resume_kv_cache)
             geometry = capacity.Geometry(payload_bytes, ranks, len(roots))
             obsolete = _obsolete(config, roots, {identity.namespace} | siblings)
-            slot_count = _decide_slots(config, roots, identity, geometry, siblings, obsolete)
+            try:
+                slot_count = _decide_slots(config, roots, identity, geometry, siblings, obsolete)
+            except StoreError:
+                if not siblings:
+                    raise
+                # Where the cap was lowered the other engines' caches may be more than all of it.
+                obsolete = _obsolete(config, roots, {identity.namespace})
+                slot_count = _decide_slots(config, roots, identity, geometry, siblings, obsolete)
             _wait_for_workers(places, found, slot_count)
             # Only now: an engine that refuses to start must not have removed anything.
             if not _clean(roots, obsolete):
@@ -172,21 +179,24 @@ def _obsolete(config: Config, roots: Sequence[Directory], keep: Set[str]) -> lis
         with explained(root.path):
             names = namespace.obsolete(root, keep)
             stays |= {name for name in root.names() if name not in names and namespace.is_namespace(root, name)}
-            stays |= {name for name in names if _lies_elsewhere(config, root, name)}
             found.append(names)
+    for name in set().union(*found) - stays:
+        if not _is_whole(roots, name):
+            logger.warning("obsolete namespace %s stays: a part of it lies on paths that are not among these", name)
+            stays.add(name)
     return [names - stays for names in found]
 
 
-def _lies_elsewhere(config: Config, root: Directory, name: str) -> bool:
-    with root.child(name) as directory:
-        try:
-            manifest = Manifest.read(directory)
-        except StoreError:
-            manifest = None  # no engine opens it as it is
-    others = removal.other_parts(config.nvme_path, name, manifest) if manifest is not None else []
-    if others:
-        logger.warning("obsolete namespace %s/%s stays: a part of it lies in %s", root.path, name, ", ".join(others))
-    return bool(others)
+def _is_whole(roots: Sequence[Directory], name: str) -> bool:
+    """Whether as many parts are here as it has, as far as it is told."""
+    parts, needed = 0, 0
+    for root in roots:
+        with contextlib.suppress(FileNotFoundError), root.child(name) as directory:
+            parts += 1
+            with contextlib.suppress(StoreError):  # of a damaged one, which no engine opens as it is
+                manifest = Manifest.read(directory)
+                needed = max(needed, len(manifest.paths) if manifest is not None else 0)
+    return parts >= needed
 
 
 def _has_journal(root: Directory, name: str) -> bool:
@@ -197,9 +207,10 @@ def _has_journal(root: Directory, name: str) -> bool:
 def _clean(roots: Sequence[Directory], obsolete: Sequence[Set[str]]) -> bool:
     """False if something is left. The parts with the journals go first: what is left of a namespace without one is empty."""
     first = [{name for name in names if _has_journal(root, name)} for root, names in zip(roots, obsolete, strict=True)]
-    rest = [names - before for names, before in zip(obsolete, first, strict=True)]
-    removed = [namespace.clean(root, names) for parts in (first, rest) for root, names in zip(roots, parts, strict=True)]
-    return all(removed)
+    are_clean = [namespace.clean(root, names) for root, names in zip(roots, first, strict=True)]
+    stay = {name for root, names in zip(roots, first, strict=True) for name in names.intersection(root.names())}
+    rest = [names - before - stay for names, before in zip(obsolete, first, strict=True)]
+    return all([*are_clean, *(namespace.clean(root, names) for root, names in zip(roots, rest, strict=True))])
 
 
 def _decide_slots(
@@ -311,6 +322,7 @@ def _prepare(
     for path_index, rank in sorted(found.absent):
         slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
     growth = Growth([(place.directory, place.superblocks) for place in places])
+    growth.sync()  # of a drive that fails now the new journal would know nothing any more
     directory, fingerprint = places[0].directory, identity.fingerprint
     writer = JournalWriter(directory, slot_count, found.epoch + 1, fingerprint, found.blocks, found.good, growth.reached)
     on_failure.callback(writer.close, CLOSE_SECONDS)
