@@ -33,8 +33,9 @@ from kvoffload.types import (
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S, LOAD_BYTES_PER_S = 5.0, 100e6  # a load may take the first, and its bytes over the second
-# Of loads in the engine at once, which takes 4096: so copies from DRAM find room beside any reads, and stores beside any loads.
-READ_OPS_MAX, LOAD_OPS_MAX = 2048, 3072
+# In the engine at once, which takes 4096, of loads that read a drive and of others: so each finds room beside any number of the
+# other, and stores beside both.
+READ_OPS_MAX, COPY_OPS_MAX = 2048, 1024
 STORE_TIMEOUT_S = 10.0  # vLLM may wait for it before it reuses a block
 DEMOTION_TIMEOUT_S = 60.0
 BATCH_MAX = 1024  # completions taken in one call
@@ -65,6 +66,7 @@ class Job:
     id: int  # the caller's
     transfer: int  # the scheduler side's
     left: int
+    reads: bool = False  # a load of which not all blocks are in DRAM
     is_urgent: bool = False  # its deadline is the request's, who would recompute from then on; not what a drive is given
     begun: float = field(default_factory=time.monotonic)
     failed: dict[BlockKey, int] = field(default_factory=dict)  # errno
@@ -143,7 +145,7 @@ class Worker:
         self._group_bytes = group_bytes
         self._current_stream = current_stream
         self._next_op = 0
-        self._load_ops = 0  # in the engine
+        self._load_ops = {True: 0, False: 0}  # in the engine, of jobs that read a drive and of others
         self._drives = 1
         self._heard: dict[int, float] = {}  # by drive: when it last ended a read or write, well or not
         self._copying: dict[int, float] = {}  # copies of blocks that were read, since when, the oldest first
@@ -177,8 +179,9 @@ class Worker:
         is_urgent = blocks.patience_s is not None and blocks.patience_s < timeout_s
         if is_urgent:
             timeout_s = blocks.patience_s
-        waiting = self._waiting_reads if needed[::2].any() else self._waiting_copies
-        self._start(Job(job_id, blocks.transfer, 0, is_urgent), ops[needed], keys, timeout_s, waiting)
+        reads = bool(needed[::2].any())
+        waiting = self._waiting_reads if reads else self._waiting_copies
+        self._start(Job(job_id, blocks.transfer, 0, reads, is_urgent), ops[needed], keys, timeout_s, waiting)
 
     def store(self, job_id: int, blocks: BlockList) -> None:
         """Starts copying the blocks to their DRAM slots."""
@@ -236,7 +239,9 @@ class Worker:
         while True:
             done = self._engine.poll(BATCH_MAX)
             for number, status, usec in done.tolist():
-                self._load_ops -= self._pending[number].kind in LOAD_KINDS
+                pending = self._pending[number]
+                if pending.kind in LOAD_KINDS and pending.job is not None:
+                    self._load_ops[pending.job.reads] -= 1
                 self._complete(number, -status, usec / 1e6)
             if len(done) < BATCH_MAX:
                 break
@@ -267,18 +272,18 @@ class Worker:
 
     def _push(self) -> None:
         """Gives the engine what waits, loads first."""
-        self._push_from(self._waiting_copies, LOAD_OPS_MAX)
-        self._push_from(self._waiting_reads, READ_OPS_MAX)
-        self._push_from(self._waiting_others, None)
+        self._push_from(self._waiting_copies, COPY_OPS_MAX, reads=False)
+        self._push_from(self._waiting_reads, READ_OPS_MAX, reads=True)
+        self._push_from(self._waiting_others)
 
-    def _push_from(self, batches: deque[Batch], most: int | None) -> None:
-        """`most`: loads in the engine, if these are loads."""
+    def _push_from(self, batches: deque[Batch], most: int | None = None, reads: bool = False) -> None:
+        """`most`: loads of this kind in the engine, if these are loads."""
         now = time.monotonic()
         for batch in [batch for batch in batches if batch.deadline <= now]:
             self._give_up(batches, batch, errno.ECANCELED)  # never tried, which says nothing about the drive
         while batches:
             batch = batches[0]
-            offered = batch.ops if most is None else batch.ops[: max(0, most - self._load_ops)]
+            offered = batch.ops if most is None else batch.ops[: max(0, most - self._load_ops[reads])]
             if len(offered) and offered["flags"][-1] == OpFlag.LINK:
                 offered = offered[:-1]  # whole pairs
             if not len(offered):
@@ -290,7 +295,8 @@ class Worker:
                 logger.error("kvoffload: rank %d: the engine refuses %d operations: %s", self._rank, len(batch.ops), error)
                 self._give_up(batches, batch, errno.EINVAL)
                 continue
-            self._load_ops += accepted if most is not None else 0
+            if most is not None:
+                self._load_ops[reads] += accepted
             batch.ops = batch.ops[accepted:]
             if not len(batch.ops):
                 batches.popleft()

@@ -319,13 +319,17 @@ def test_operations_the_engine_refuses_fail_and_those_behind_them_are_carried_ou
 
 def test_a_load_of_any_size_leaves_room_for_stores(monkeypatch):
     monkeypatch.setattr(worker_module, "READ_OPS_MAX", 8)
-    monkeypatch.setattr(worker_module, "LOAD_OPS_MAX", 12)
+    monkeypatch.setattr(worker_module, "COPY_OPS_MAX", 4)
     engine = DeafEngine(room=14)
     worker = Worker(engine, rank=0, group_bytes=[PAYLOAD])
     worker.load(1, block_list(16, [NO_SLOT] * 16, range(16), range(16)))
     assert engine.room == 6
     worker.load(2, block_list(16, range(16), [NO_SLOT] * 16, range(16)))
     assert engine.room == 2, "blocks that are in DRAM do not wait for all of a load that reads a drive"
+    engine.room += 8
+    worker._load_ops[True] = 0  # as if those of the first load had completed
+    worker.poll()
+    assert engine.room == 2, "and those that are read not for all that comes from DRAM"
     worker.store(3, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
     assert engine.room == 0
 
@@ -346,7 +350,7 @@ def test_every_hand_over_to_the_engine_names_the_stream_that_is_current_then(mon
     worker.store(1, block_list(1, [0], [NO_SLOT], [0]))
     worker.load(2, block_list(2, [NO_SLOT] * 2, [0, 1], [0, 1]))
     assert engine.streams == [11, 22]
-    worker._load_ops = 0  # as if the first pair had completed
+    worker._load_ops[True] = 0  # as if the first pair had completed
     worker.poll()
     assert engine.streams == [11, 22, 33]
 
