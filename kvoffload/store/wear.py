@@ -4,7 +4,6 @@ sysfs does not have the figure, so nvme-cli is asked (`nvme smart-log`), which n
 nvme-cli, no permission or no NVMe drive there is no figure, and nothing fails. Asked in a thread, once an hour.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -47,10 +46,11 @@ class DriveWear:
         """As they were known last. Never waits; asks anew in the background if that was an hour ago."""
         if self._nvme is not None and self._asking is None and self._clock() - self._asked_at >= PAUSE_S:
             self._asked_at = self._clock()
-            asking = threading.Thread(target=self._ask, name="kvoffload-wear", daemon=True)
-            with contextlib.suppress(RuntimeError):  # no thread is to be had now: asked again in an hour
-                asking.start()
-                self._asking = asking
+            self._asking = threading.Thread(target=self._ask, name="kvoffload-wear", daemon=True)
+            try:
+                self._asking.start()
+            except RuntimeError:  # no thread is to be had now: asked again in an hour
+                self._asking = None
         return self._known
 
     def wait(self) -> None:
