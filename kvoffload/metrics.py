@@ -47,7 +47,9 @@ METRICS = {
         "counter", "Prompt tokens that requests set out to load, by the tier they were in; from vLLM 0.31 on.", ("tier",)
     ),
     "kvoffload_missed_tokens_total": Metric("counter", "Prompt tokens that were neither in GPU memory nor loaded."),
-    "kvoffload_missed_lookups_total": Metric("counter", "Lookups of a block, repeated ones too, that was in no tier."),
+    "kvoffload_missed_lookups_total": Metric(
+        "counter", "Lookups of a block, repeated ones too, that was in no tier that may be loaded from."
+    ),
     "kvoffload_stored_blocks_total": Metric("counter", "Blocks accepted into DRAM slots."),
     "kvoffload_dropped_stores_total": Metric("counter", "Blocks not stored because no slot was free."),
     "kvoffload_demotions_total": Metric("counter", "Blocks written to the SSD."),

@@ -119,7 +119,7 @@ class KVOffloadConnector(OffloadingConnector):
         if found[0] is None:  # it is to wait for a load of another request that brings blocks of it, too
             is_less = self._manager.forgo_load(request, num_computed_tokens)
         else:
-            is_less = found[0] > 0 and self._manager.limit_load(request, num_computed_tokens, found[0])
+            is_less = self._manager.limit_load(request, num_computed_tokens, found[0])
         if is_less:
             return super().get_num_new_matched_tokens(request, num_computed_tokens)
         return found

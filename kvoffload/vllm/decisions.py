@@ -71,7 +71,6 @@ class Decisions:
         is to probe stays at it, and one that recomputes to learn what that takes: they are few, and it would not be chosen twice.
         """
         loads.parts = parts = self._parts(blocks)
-        loads.waits_since = None
         decision = self._wished(request, loads, computed, parts)
         if decision is None:
             before = None if loads.counted else loads.decision

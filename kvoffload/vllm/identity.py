@@ -190,26 +190,34 @@ class LoraSalts:
         self._began_ns = time.time_ns()
         self._seen: dict[tuple[int, str], tuple[list[str], bytes]] = {}
         self._looking: threading.Thread | None = None
+        self._took_s = 0.0
 
-    def of(self, adapter: "LoRARequest") -> bytes:
-        """Looks at the files in a thread, for a network's file system may never answer: who asked gets a random salt after
-        LOOK_S, and who asks after that at once, until it does."""
+    def of(self, adapter: "LoRARequest") -> bytes | None:
+        """None: not known now, so nothing of the request may be loaded or stored. The files are looked at in a thread, for a
+        network's file system may never answer. That is waited for LOOK_S, once: not before it has answered in less again."""
         if self._looking is not None and self._looking.is_alive():
-            return os.urandom(16)
+            return None
         found: list[bytes] = []
-        self._looking = threading.Thread(target=lambda: found.append(self._look(adapter)), name="kvoffload-lora", daemon=True)
+        self._looking = threading.Thread(target=self._time, args=(adapter, found), name="kvoffload-lora", daemon=True)
+        wait_s = LOOK_S if self._took_s < LOOK_S else 0.0
         try:
             self._looking.start()
         except RuntimeError:  # there is no thread to be had now
             self._looking = None
-            return os.urandom(16)
-        self._looking.join(LOOK_S)
-        if not found:
+            return None
+        self._looking.join(wait_s)
+        if not found and wait_s:
             logger.warning(
-                "kvoffload: the files of LoRA adapter %s cannot be read in %g s: until they are, what is computed with adapters is "
-                "not kept", adapter.lora_path, LOOK_S,
+                "kvoffload: the files of LoRA adapter %s cannot be read in %g s: until they can, requests with adapters are "
+                "computed and not kept", adapter.lora_path, LOOK_S,
             )  # fmt: skip
-        return found[0] if found else os.urandom(16)
+        return found[0] if found else None
+
+    def _time(self, adapter: "LoRARequest", found: list[bytes]) -> None:
+        begun = time.monotonic()
+        self._took_s = float("inf")  # until it is known
+        found.append(self._look(adapter))
+        self._took_s = time.monotonic() - begun
 
     def _look(self, adapter: "LoRARequest") -> bytes:
         name = (adapter.lora_int_id, adapter.lora_path)

@@ -87,7 +87,7 @@ class ManagerAdapter(OffloadingManager):
         self._failed: dict[int, dict[BlockKey, int]] = {}  # by transfer in flight: its failed blocks' errno
         self._sources: dict[int, tuple[list[BlockKey], list[int]]] = {}  # by store in flight: its keys and KV blocks
         self._first_transfer = 1  # older ones ended with a reset
-        self._salts: dict[str, bytes] = {}  # of requests announced but not yet seen by vLLM's scheduler half
+        self._salts: dict[str, bytes | None] = {}  # of requests announced but not yet seen by vLLM's scheduler half
         self._lora_salts = LoraSalts()
         self._contexts: dict[str, ReqContext] = {}  # of requests that have not ended
         self._life = b""
@@ -161,7 +161,9 @@ class ManagerAdapter(OffloadingManager):
             self._salts[request.request_id] = self._lora_salts.of(request.lora_request)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        contract.set_state(req_context, Notes(self._salts.pop(req_context.req_id, b""), self._life))
+        salt = self._salts.pop(req_context.req_id, b"")
+        notes = Notes(os.urandom(16), self._life, (), has_hole=True) if salt is None else Notes(salt, self._life)
+        contract.set_state(req_context, notes)
         self._contexts[req_context.req_id] = req_context
         # By default vLLM offers for storing what follows a loaded prefix. We take the whole request, so that blocks that
         # were dropped, evicted or damaged meanwhile are stored again; those that are held cost a look into a dict.
@@ -210,6 +212,9 @@ class ManagerAdapter(OffloadingManager):
             return False
         context = self._contexts[request.request_id]
         notes = self._notes(context)
+        notes.loads.waits_since = None
+        if not matched:
+            return False
         if not contract.TELLS_POSITIONS:  # all of it is loaded
             notes.loads.end = computed + matched
             return False

@@ -22,9 +22,9 @@ class Notes:
 
     salt: bytes
     life: bytes  # what follows is of the time between two resets
+    sources: tuple[Tier, ...] = tuple(Tier)  # fewer once a load of it failed, and none once two did
     key_salt: bytes = field(init=False)
     transfer: int = 0  # its load in flight
-    sources: tuple[Tier, ...] = tuple(Tier)  # fewer once a load of it failed, and none once two did
     failures: int = 0
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
     loads: Loads = field(default_factory=Loads)

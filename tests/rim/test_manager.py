@@ -269,6 +269,14 @@ def test_where_vllm_may_be_given_other_weights_no_other_process_asks_for_what_is
     assert not set(found[0]) & set(found[1]) and not set(found[0] + found[1]) & set(keys)
 
 
+def test_a_request_whose_adapter_cannot_be_looked_at_is_computed_and_not_kept(monkeypatch):
+    manager = adapter()
+    monkeypatch.setattr(manager._lora_salts, "of", lambda _adapter: None)
+    manager.announce(SimpleNamespace(request_id="r", lora_request=object()))
+    context, keys = request(manager, "r", 2)
+    assert store(manager, context, keys) == [] and not any(hits(manager, context, keys))
+
+
 def test_a_load_of_what_is_not_held_is_answered_and_fails():
     manager = adapter()
     context, keys = request(manager, "r", 1)
