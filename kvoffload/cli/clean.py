@@ -97,7 +97,7 @@ def obsolete(parts: Sequence[Cache]) -> str:
     if trouble:
         return "damaged: engines refuse it"
     if not any(part.journal for part in parts):
-        return "" if any(_lies_elsewhere(part) for part in parts) else "empty: it has no journal"
+        return "" if all(_lies_elsewhere(part) for part in parts) else "empty: it has no journal"
     fields = next((part.fields for part in parts if part.fields), {})
     here, made_by = window.installed(), str(fields.get("vllm", ""))
     if here and made_by and _public(made_by) != _public(here):

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import StoreError
 from . import catalogue, digests, journal, namespace
@@ -11,7 +11,6 @@ from .directory import TEMPORARY_SUFFIX, Directory, explained, write_all
 from .namespace import LOCK, MANIFEST, OWN_FILES, Lock, Manifest
 
 WIPE_CHUNK_BYTES = 4 << 20
-_JOURNALS = (journal.NAME, journal.NAME + TEMPORARY_SUFFIX)
 _KEPT = {LOCK, MANIFEST}  # while zeros are written
 
 
@@ -21,7 +20,6 @@ class _Part:
 
     root: Directory
     directory: Directory
-    forgotten: list[int] = field(default_factory=list)  # descriptors of files that have no name any more
 
 
 def remove(
@@ -50,7 +48,7 @@ def remove(
                 outcome[name] = _tried(lambda name=name, used_at=used_at: parts.update({name: _hold(roots, name, used_at, held)}))
             for name in parts:
                 step = _forget if wipe else _unlink
-                outcome[name] = _tried(lambda name=name, step=step: step(parts[name], held))
+                outcome[name] = _tried(lambda name=name, step=step: step(parts[name], wiped))
         if not wipe:
             return outcome
         for name in [name for name in parts if not outcome[name]]:
@@ -131,40 +129,40 @@ def _tried(action: Callable[[], object]) -> str:
     return ""
 
 
-def _unlink(parts: Sequence[_Part], _held: contextlib.ExitStack) -> None:
+def _unlink(parts: Sequence[_Part], _wiped: Callable[[int], None]) -> None:
     for part in parts:
         namespace.remove(part.root, part.directory)
 
 
-def _forget(parts: Sequence[_Part], held: contextlib.ExitStack) -> None:
-    """Make the namespace empty, for good, before anything in it is overwritten: journals lose their names and are kept open, slot
-    files get names that no engine opens and every removal finds."""
+def _forget(parts: Sequence[_Part], wiped: Callable[[int], None]) -> None:
+    """Make the namespace empty, for good, before anything in it is overwritten: its files get names that no engine opens and every
+    removal finds. The journals are the first."""
     for part in parts:
-        names = set(part.directory.names()) - _KEPT
-        for name in names.intersection(_JOURNALS):
-            fd = part.directory.open_file(name)
-            held.callback(os.close, fd)
-            part.directory.remove(name)
-            part.forgotten.append(fd)
-        part.directory.sync()
-        for name in names.difference(_JOURNALS):
-            if not name.endswith(TEMPORARY_SUFFIX):
-                part.directory.rename(name, name + TEMPORARY_SUFFIX)
+        for name in sorted(set(part.directory.names()) - _KEPT, key=lambda name: (name != journal.NAME, name)):
+            if name.endswith(TEMPORARY_SUFFIX):
+                continue
+            if name + TEMPORARY_SUFFIX in part.directory.names():  # of a start that was killed; it goes with the rename
+                _zero_file(part, name + TEMPORARY_SUFFIX, wiped)
+            part.directory.rename(name, name + TEMPORARY_SUFFIX)
+            if name == journal.NAME:
+                part.directory.sync()
         part.directory.sync()
 
 
 def _overwrite(parts: Sequence[_Part], wiped: Callable[[int], None]) -> None:
     for part in parts:
-        for fd in part.forgotten:
-            _zero(fd, wiped)
         for name in part.directory.names():
             if name not in _KEPT:
-                fd = part.directory.open_file(name)
-                with part.directory.located(name):
-                    try:
-                        _zero(fd, wiped)
-                    finally:
-                        os.close(fd)
+                _zero_file(part, name, wiped)
+
+
+def _zero_file(part: _Part, name: str, wiped: Callable[[int], None]) -> None:
+    fd = part.directory.open_file(name)
+    with part.directory.located(name):
+        try:
+            _zero(fd, wiped)
+        finally:
+            os.close(fd)
 
 
 def _unlink_wiped(parts: Sequence[_Part], wiped: Callable[[int], None]) -> None:

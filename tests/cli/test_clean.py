@@ -260,14 +260,15 @@ def test_a_wipe_that_was_cut_off_is_taken_up_again(kvoffload, tmp_path, monkeypa
     def cut_off(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with slot_file(tmp_path).open("rb", buffering=0) as slots:
+    journal = namespace_of(tmp_path) / "index.journal"
+    with slot_file(tmp_path).open("rb", buffering=0) as slots, journal.open("rb", buffering=0) as records:
         with monkeypatch.context() as seam:
             seam.setattr(removal, "_zero", cut_off)
             with pytest.raises(KeyboardInterrupt):
                 removal.remove([str(tmp_path)], {namespace_of(tmp_path).name: time.time() + 60}, wipe=True)
         assert any(os.pread(slots.fileno(), slot_at(6), 0))
         assert kvoffload("clean", tmp_path, "--yes", "--wipe").code == 0, "empty, so it is chosen without being named"
-        assert not any(os.pread(slots.fileno(), slot_at(6), 0)) and not names(tmp_path)
+        assert not any(os.pread(slots.fileno(), slot_at(6), 0)) and not any(records.read()) and not names(tmp_path)
 
 
 def test_what_a_start_that_was_killed_left_can_be_wiped(kvoffload, tmp_path):
