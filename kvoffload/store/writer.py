@@ -207,13 +207,12 @@ class JournalWriter:
 
     def _bring_in(self) -> None:
         """Write what was left out, if its files reach there by now."""
-        self._left_at = time.monotonic()
+        self._left_at, left_out = time.monotonic(), self._left_out
         try:
-            is_due = self._failed_at is None and self._reached(np.array(sorted(self._left_out), np.uint32)).any()
-        except MemoryError:
-            return
-        if is_due:
-            self._repair()
+            if self._failed_at is None and self._reached(np.array(sorted(left_out), np.uint32)).any():
+                self._compact()
+        except _FAILURES:
+            self._left_out = left_out  # the journal that there is stays, and good
 
     def _compact(self) -> None:
         """Put a journal in place that says what the index says; the old one stays whole until then."""
