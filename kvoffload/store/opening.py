@@ -85,6 +85,7 @@ def open_namespace(config: Config, identity: Identity, payload_bytes: int, ranks
                 obsolete = _obsolete(config, roots, {identity.namespace})
                 slot_count = _decide_slots(config, roots, identity, geometry, siblings, obsolete)
             _wait_for_workers(places, found, slot_count)
+            _sync(places, found.absent)
             # Only now: an engine that refuses to start must not have removed anything.
             if not _clean(roots, obsolete):
                 # What is left counts against the cap after all; that alone is no reason not to serve.
@@ -181,22 +182,32 @@ def _obsolete(config: Config, roots: Sequence[Directory], keep: Set[str]) -> lis
             stays |= {name for name in root.names() if name not in names and namespace.is_namespace(root, name)}
             found.append(names)
     for name in set().union(*found) - stays:
-        if not _is_whole(roots, name):
-            logger.warning("obsolete namespace %s stays: a part of it lies on paths that are not among these", name)
+        if not _is_whole(config, roots, name):
+            logger.warning(
+                "obsolete namespace %s stays: a part of it lies on paths that are not among these, or cannot be read; `kvoffload "
+                "clean` removes it", name,
+            )  # fmt: skip
             stays.add(name)
     return [names - stays for names in found]
 
 
-def _is_whole(roots: Sequence[Directory], name: str) -> bool:
-    """Whether as many parts are here as it has, as far as it is told."""
-    parts, needed = 0, 0
+def _is_whole(config: Config, roots: Sequence[Directory], name: str) -> bool:
+    """Whether all of its parts are here, as far as they tell; of those that lay on our paths some may have been removed before."""
+    paths: Sequence[str] = ()
+    parts = 0
     for root in roots:
-        with contextlib.suppress(FileNotFoundError), root.child(name) as directory:
-            parts += 1
-            with contextlib.suppress(StoreError):  # of a damaged one, which no engine opens as it is
+        try:
+            with root.child(name) as directory:
+                parts += 1
                 manifest = Manifest.read(directory)
-                needed = max(needed, len(manifest.paths) if manifest is not None else 0)
-    return parts >= needed
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return False
+        except StoreError:  # a damaged one, which no engine opens as it is
+            continue
+        paths = max(paths, manifest.paths if manifest is not None else (), key=len)
+    return parts >= len(paths) or set(paths) <= set(config.nvme_path)
 
 
 def _has_journal(root: Directory, name: str) -> bool:
@@ -292,6 +303,13 @@ def _check_manifest(directory: Directory, path_index: int, path_count: int) -> M
     return manifest
 
 
+def _sync(places: Sequence[Place], absent: Set[tuple[int, int]]) -> None:
+    """Sync the slot files there are: of a drive that fails now a new journal would know nothing any more."""
+    for path_index, place in enumerate(places):
+        files = [superblock for rank, superblock in enumerate(place.superblocks) if (path_index, rank) not in absent]
+        Growth([(place.directory, files)]).sync()
+
+
 def _wait_for_workers(places: Sequence[Place], found: _Found, slot_count: int) -> None:
     """Let workers of an engine that just died end before a file that they may still write is shortened or replaced."""
     deadline = time.monotonic() + namespace.SLOT_FILE_LOCK_SECONDS
@@ -322,7 +340,7 @@ def _prepare(
     for path_index, rank in sorted(found.absent):
         slotfile.create(places[path_index].directory, places[path_index].superblocks[rank])
     growth = Growth([(place.directory, place.superblocks) for place in places])
-    growth.sync()  # of a drive that fails now the new journal would know nothing any more
+    growth.sync()
     directory, fingerprint = places[0].directory, identity.fingerprint
     writer = JournalWriter(directory, slot_count, found.epoch + 1, fingerprint, found.blocks, found.good, growth.reached)
     on_failure.callback(writer.close, CLOSE_SECONDS)

@@ -110,6 +110,7 @@ def test_a_start_is_refused_while_a_drive_cannot_be_synced_and_loses_nothing(
         path.mkdir()
     with open_store(paths, ranks=1) as store:
         write_blocks(store, range(8), ranks=1)
+    open_store(paths, 5, model="old", ranks=1).close()
     real = os.fsync
 
     def fails(fd: int) -> None:
@@ -119,8 +120,9 @@ def test_a_start_is_refused_while_a_drive_cannot_be_synced_and_loses_nothing(
 
     with monkeypatch.context() as seam, pytest.raises(StoreError, match="Input/output error"):
         seam.setattr(os, "fsync", fails)
-        open_store(paths, ranks=1)
-    with open_store(paths, ranks=1) as store:
+        open_store(paths, 15, ranks=1, clean_obsolete_kv_cache=True)
+    assert len(list((paths[0] / "kvoffload").glob("*/"))) == 2
+    with open_store(paths, 15, ranks=1) as store:
         assert len(store.table()) == 8
 
 
