@@ -161,9 +161,7 @@ class ManagerAdapter(OffloadingManager):
             self._salts[request.request_id] = self._lora_salts.of(request.lora_request)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        salt = self._salts.pop(req_context.req_id, b"")
-        notes = Notes(os.urandom(16), self._life, (), has_hole=True) if salt is None else Notes(salt, self._life)
-        contract.set_state(req_context, notes)
+        contract.set_state(req_context, Notes(self._salts.pop(req_context.req_id, b""), self._life))
         self._contexts[req_context.req_id] = req_context
         # By default vLLM offers for storing what follows a loaded prefix. We take the whole request, so that blocks that
         # were dropped, evicted or damaged meanwhile are stored again; those that are held cost a look into a dict.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Notes:
     """In vLLM's own context of the request: completions may come after it has ended."""
 
-    salt: bytes
+    salt: bytes | None  # None: not known, so nothing is loaded or stored
     life: bytes  # what follows is of the time between two resets
     sources: tuple[Tier, ...] = tuple(Tier)  # fewer once a load of it failed, and none once two did
     key_salt: bytes = field(init=False)
@@ -35,7 +35,9 @@ class Notes:
     _own_positions: dict[BlockKey, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.key_salt = self.salt + self.life
+        if self.salt is None:
+            self.sources, self.has_hole = (), True
+        self.key_salt = (self.salt or b"") + self.life
 
     def own_key(self, key: "OffloadKey") -> BlockKey:
         """The key under which a block of the request is kept."""

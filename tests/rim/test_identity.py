@@ -218,11 +218,13 @@ def test_files_that_do_not_answer_hold_nobody_up_and_share_their_blocks_with_nob
     real = identity_module._stamps
     with monkeypatch.context() as during:
         during.setattr(identity_module, "LOOK_S", 0.01)
+        salts._took_s = 0.0
         during.setattr(identity_module, "_stamps", lambda path: answers.wait() and real(path))
         assert [salts.of(adapter(weights)) for _ in range(3)] == [None] * 3 and caplog.text.count("cannot be read in") == 1
         answers.set()
         salts._looking.join()
         answers.clear()
+        salts._took_s = 1.0
         assert salts.of(adapter(weights)) is None
         assert caplog.text.count("cannot be read in") == 1, "it is not waited for again before it has answered in time"
         answers.set()
