@@ -273,7 +273,8 @@ static bool is_well_formed(const kvo_engine *e, const kvo_op *op, const kvo_op *
     if (after != NULL && !is_pair(after, op)) return false;
     bool in_pair = after != NULL || op->flags == KVO_LINK;
     if (op->flags == KVO_LINK && op->kind != KVO_READ) return false;
-    if (op->dram_slot >= e->options.dram_slots && !(in_pair && op->dram_slot == KVO_NO_SLOT)) return false;
+    bool may_stage = in_pair || op->kind == KVO_READ;
+    if (op->dram_slot >= e->options.dram_slots && !(may_stage && op->dram_slot == KVO_NO_SLOT)) return false;
     bool on_ssd = op->kind == KVO_READ || op->kind == KVO_WRITE;
     return !on_ssd || e->shared.slot_count == 0 || op->ssd_slot < e->shared.slot_count;
 }

@@ -54,6 +54,7 @@ typedef struct {
  * KVO_LINK: the next operation of the same batch starts only if this one succeeded, else it completes with
  * -ECANCELED. Only READ may be linked, and only to a COPY_IN. In such a pair dram_slot may be KVO_NO_SLOT in both:
  * the block then passes through staging memory of the engine's own. Of the two timeouts the earlier ends the READ.
+ * A READ alone may have KVO_NO_SLOT, too: it verifies the block, and tells how long that takes.
  *
  * A COPY_OUT or READ that fails leaves its DRAM slot with what it held before or with nothing, never with a part.
  * Operations of different chains run in any order, loads (READ, COPY_IN) before COPY_OUT before WRITE.

@@ -212,13 +212,14 @@ class ReferenceEngine:
 
     def _is_operation(self, op: np.void, is_paired: bool) -> bool:
         on_ssd = op["kind"] in (OpKind.WRITE, OpKind.READ)
+        may_stage = is_paired or op["kind"] == OpKind.READ
         return bool(
             op["kind"] <= OpKind.READ
             and op["flags"] <= OpFlag.LINK
             and op["group"] < len(self._groups)
             and 1 <= op["key_len"] <= KEY_BYTES_MAX
             and not op["key"][op["key_len"] :].any()
-            and (op["dram_slot"] < self.options.dram_slots or (is_paired and op["dram_slot"] == NO_SLOT))
+            and (op["dram_slot"] < self.options.dram_slots or (may_stage and op["dram_slot"] == NO_SLOT))
             and (not on_ssd or not self._files or op["ssd_slot"] < self._slot_count)
         )
 

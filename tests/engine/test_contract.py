@@ -107,6 +107,19 @@ def test_a_link_cancels_what_follows_a_failure(tmp_path: Path, name: str) -> Non
 
 
 @every_engine
+def test_a_block_may_be_read_to_nowhere_to_see_whether_and_how_soon_it_is_there(tmp_path: Path, name: str) -> None:
+    with open_engine(name, KVCache(), make_files(tmp_path), spare_slots=2) as engine:
+        assert run(engine, copy_out(1, 0)) == {1: 0} == run(engine, write(1, 0, 1))
+        before = engine.kv.everything()
+        for _ in range(5):  # its memory comes back
+            assert run_one(engine, read(1, NO_SLOT, 1)) == 0
+            assert run_one(engine, read(1, NO_SLOT, 1, generation=2)) == BADMSG
+            assert run_one(engine, read(2, NO_SLOT, 2)) == BADMSG
+        assert run(engine, *(read(1, NO_SLOT, 1, id=n) for n in range(8))) == dict.fromkeys(range(8), 0)
+        assert engine.kv.everything() == before and run_one(engine, copy_in(1, 0)) == 0
+
+
+@every_engine
 def test_more_staged_loads_than_spare_slots_all_succeed(tmp_path: Path, name: str) -> None:
     kv = KVCache()
     with open_engine(name, kv, make_files(tmp_path), spare_slots=1) as engine:
@@ -153,7 +166,6 @@ MALFORMED = {
     "group": copy_out(1, 0, group=2),
     "DRAM slot": copy_out(1, DRAM_SLOTS),
     "no DRAM slot": copy_out(1, NO_SLOT),
-    "no DRAM slot in a lone read": read(1, NO_SLOT, 0),
     "SSD slot": write(1, 0, SSD_SLOTS),
     "no SSD slot": read(1, 0, NO_SLOT),
     "empty key": copy_out(1, 0, key_len=0),
