@@ -103,7 +103,7 @@ class Contender:
         }
 
     def probes(self) -> float:
-        """Prompts of which some was loaded only to see how fast the tier is."""
+        """Prompts of which some was loaded, or read beside computing them, only to see how fast the tier is."""
         return sum(count for decision, count in self.decisions().items() if decision.endswith(PROBE))
 
 

@@ -151,12 +151,21 @@ class Why(StrEnum):
     ASKED = "asked"  # by the request
 
 
+class Probe(NamedTuple):
+    """A stretch of a prompt that is computed and lies on the SSD, to be read beside that to see what it takes."""
+
+    begin: int
+    end: int
+    patience_s: float
+
+
 class Decision(NamedTuple):
     end: int  # load the prompt up to here, in tokens
     kind: Kind
     why: Why
     load_s: float | None  # predicted for the load
     patience_s: float | None  # to give it up after; None: nothing is known
+    probe: Probe | None = None  # besides; what became of it is told by `end_probe`, or None if nothing did
 
 
 @dataclass
@@ -191,6 +200,7 @@ class Estimates:
         self._usual_s = 0.0  # that computing a prompt takes of which something could be loaded
         self._probing: dict[Tier | int, Probing] = {}  # by tier, or by size of a prefill
         self._patience = dict.fromkeys(Tier, PATIENCE)  # more for a tier that is slow now and then: to wait is better
+        self._is_probing = False
         self._suspects: set[Tier] = set()  # of which the latest load was given up: all may be slow now, so one tries a little first
         self._counters = counters
 
@@ -213,10 +223,12 @@ class Estimates:
         may_probe_tiers, rest = whole >= self._usual_s, max(1, total - ends[-1])
         times = [load + (self.recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
-        suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
+        suspect, probe = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None), None
         if suspect is not None:
-            if may_probe_tiers:
-                return self._probe_tier(now, ends[suspect], parts[suspect], loads[suspect], whole)
+            if may_probe_tiers and parts[suspect].tier is Tier.SSD:
+                probe = self._probe_ssd(now, ends[suspect], parts[suspect], whole)
+            elif may_probe_tiers:
+                return self._probe_dram(now, ends[suspect], parts[suspect], loads[suspect], whole)
             best = suspect
         for part in parts[:best]:
             self._probing.pop(part.tier, None)
@@ -224,17 +236,19 @@ class Estimates:
             if self._doubts(rest, parts, loads[-1], times[best]):
                 if self._may_probe(now, Prefill.size(rest)):
                     return Decision(ends[-1], Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, PATIENCE * loads[-1]))
-            elif may_probe_tiers and self._may_probe(now, parts[best].tier):
-                return self._probe_tier(now, ends[best], parts[best], loads[best], whole)
+            elif may_probe_tiers and not self._is_probing and self._may_probe(now, parts[best].tier):
+                if parts[best].tier is not Tier.SSD:
+                    return self._probe_dram(now, ends[best], parts[best], loads[best], whole)
+                probe = self._probe_ssd(now, ends[best], parts[best], whole)
         else:
             self._probing.pop(Prefill.size(rest), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
         saved_s = whole - (self.recompute_s(total, ends[best]) or 0.0)
         if any(self._load[part.tier].is_new for part in parts[:best]):
-            return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s))
+            return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s), probe)
         patience = max((self._patience[part.tier] for part in parts[:best]), default=PATIENCE)
         patience_s = min(max(SHORTEST_S, saved_s), max(PATIENCE_MIN_S, patience * loads[best]))
-        return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s)
+        return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s, probe)
 
     def _doubts(self, rest: int, parts: Sequence[Part], load_s: float, best_s: float) -> bool:
         """Only what was seen of computing the rest speaks against loading all parts, not that a tier is or may be slow."""
@@ -242,12 +256,23 @@ class Estimates:
             return False
         return load_s + self.prefill.least(rest, parts[-1].end) < best_s
 
-    def _probe_tier(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
-        """Loads a little of a tier that is too slow. `load_s`: for what comes before it. Only of prompts that take as
-        long to compute as the usual one or longer: beside that a probe is little."""
+    def _probe_ssd(self, now: float, begin: int, part: Part, whole_s: float) -> Probe | None:
+        """Reads a little of an SSD that is too slow, beside computing, so nobody waits for it. One at a time."""
+        if self._is_probing:
+            return None
+        self._is_probing = True
+        return Probe(begin, self._note_probe(now, begin, part, whole_s), max(SHORTEST_S, whole_s))
+
+    def _note_probe(self, now: float, begin: int, part: Part, whole_s: float) -> int:
+        """Where it ends."""
         probing = self._probing.setdefault(part.tier, Probing(PROBE_S, now + PROBE_S))
         probing.whole_s, probing.whole_bytes = whole_s, part.nbytes
-        end = begin + max(1, (part.end - begin) // probing.share)
+        return begin + max(1, (part.end - begin) // probing.share)
+
+    def _probe_dram(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
+        """Loads a little of DRAM that is too slow, which needs a request. `load_s`: for what comes before it. Only of prompts that
+        take as long to compute as the usual one or longer: beside that a probe is little."""
+        end = self._note_probe(now, begin, part, whole_s)
         return Decision(end, Kind.PART, Why.PROBE, None, max(SHORTEST_S, PROBE_LOSS * whole_s) + 2 * load_s)
 
     def _learn(self, now: float, computed: int, parts: Sequence[Part], load_s: float) -> Decision:
@@ -305,9 +330,18 @@ class Estimates:
             # A probe is given up soon, which must not look like a load that took no longer: it stands for all it was part of.
             whole_s, whole_bytes = (probing.whole_s, probing.whole_bytes) if probing is not None else (0.0, 0)
             seconds, nbytes = GIVEN_UP * max(seconds, whole_s), max(nbytes, whole_bytes)
-        self._end_probe(now, probing, seconds)
+        self._settle_probe(now, probing, seconds)
         self._load[slowest].observe(seconds, nbytes, 1.0)
         return slowest
+
+    def begin_probe(self, now: float, nbytes: int) -> Loading:
+        return self.begin_load(now, {Tier.SSD: nbytes}, None)
+
+    def end_probe(self, loading: Loading | None, seconds: float, arrived: bool, late: bool) -> None:
+        """None: it was not made."""
+        self._is_probing = False
+        if loading is not None:
+            self.end_load(loading.begun + seconds, loading, arrived, late, for_drive=True)
 
     def _settle_patience(self, tier: Tier, well: bool) -> None:
         if tier in self._suspects:
@@ -317,7 +351,7 @@ class Estimates:
         else:
             self._patience[tier] = max(PATIENCE, PATIENCE_FADES * self._patience[tier])
 
-    def _end_probe(self, now: float, probing: Probing | None, seconds: float) -> None:
+    def _settle_probe(self, now: float, probing: Probing | None, seconds: float) -> None:
         if probing is not None and PROBE_GROWS * seconds < probing.whole_s:
             probing.share = max(1, probing.share // PROBE_GROWS)
             probing.next_at = now
@@ -332,6 +366,7 @@ class Estimates:
     def forget_loads(self) -> None:
         """Those in flight will not be told of."""
         self._queued = dict.fromkeys(Tier, 0)
+        self._is_probing = False
 
     def end_prefill(self, seconds: float, tokens: int, context: int) -> None:
         self._compare("prefill", self.prefill.seconds(tokens, context), seconds)

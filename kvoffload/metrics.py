@@ -83,7 +83,7 @@ METRICS = {
     # queue: load, store (out of the KV cache), demotion (to the SSD), demotion_waiting
     "kvoffload_load_decisions_total": Metric(
         "counter", "Requests of which something could have been loaded, by what was decided and why.", ("decision", "reason")
-    ),  # decision: load, part, recompute; reason: faster, learning, probe, asked
+    ),  # decision: load, part, recompute, and besides read (of a slow SSD); reason: faster, learning, probe, asked
     "kvoffload_predicted_seconds_total": Metric(
         "counter", "Sum of what loads and prefills were predicted to take.", ("activity",)
     ),  # activity: load, prefill

@@ -108,14 +108,27 @@ class Demotion(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ProbeRead:
+    """Blocks to be read from their SSD slots by every rank for nothing but the time it takes."""
+
+    transfer: int  # the scheduler side's name for it
+    keys: tuple[BlockKey, ...]
+    groups: tuple[int, ...]
+    generations: tuple[int, ...]
+    ssd_slots: tuple[int, ...]
+    patience_s: float
+
+
+@dataclass(frozen=True)
 class TransferPlan:
     """What the scheduler side asks of every worker in one step, beside vLLM's own load and store jobs."""
 
     attach: tuple[SlotFiles, ...] = ()  # by rank; given once, before the first operation on an SSD slot
     demotions: tuple[Demotion, ...] = ()
+    probes: tuple[ProbeRead, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.attach or self.demotions)
+        return self != TransferPlan()
 
 
 MILDEST_FIRST = (errno.ECANCELED, errno.EREMOTEIO, errno.ETIME, errno.ETIMEDOUT)  # say less about a block than all others
@@ -147,6 +160,7 @@ class TransferReport:
     demoted: dict[int, int] = field(default_factory=dict)  # demotion id -> ranks that finished it, well or not
     failed_demotions: dict[int, int] = field(default_factory=dict)  # demotion id -> errno
     failed: dict[int, dict[BlockKey, int]] = field(default_factory=dict)  # transfer id -> its failed blocks -> errno
+    probes: dict[int, tuple[int, float]] = field(default_factory=dict)  # its transfer -> ranks that ended it, seconds
     attach_error: str = ""  # why a rank could not open its slot files
     counters: dict[tuple[str, ...], float] = field(default_factory=dict)  # (name, label values...) -> increase
     latencies: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds of transfers, some of many
@@ -161,6 +175,9 @@ class TransferReport:
             add_write_error(self.failed_demotions, number, error)
         for number, errors in other.failed.items():
             add_errors(self.failed.setdefault(number, {}), errors)
+        for number, (ranks, seconds) in other.probes.items():
+            before, longest = self.probes.get(number, (0, 0.0))
+            self.probes[number] = before + ranks, max(longest, seconds)
         self.attach_error = self.attach_error or other.attach_error
         for name, increase in other.counters.items():
             self.counters[name] = self.counters.get(name, 0) + increase

@@ -68,6 +68,8 @@ class Job:
     left: int
     reads: bool = False  # a load of which not all blocks are in DRAM
     is_urgent: bool = False  # its deadline is the request's, who would recompute from then on; not what a drive is given
+    is_probe: bool = False
+    longest_s: float = 0.0  # that an operation took
     begun: float = field(default_factory=time.monotonic)
     failed: dict[BlockKey, int] = field(default_factory=dict)  # errno
 
@@ -203,6 +205,12 @@ class Worker:
                 self._report.attach_error = f"rank {self._rank}: {error}"
         if plan.demotions:
             self._demote(plan.demotions)
+        for probe in plan.probes:
+            columns = {"group": probe.groups, "generation": probe.generations, "ssd_slot": probe.ssd_slots}
+            ops = block_ops(OpKind.READ, list(probe.keys), columns)
+            # A name that none of vLLM's jobs has: those count from 0.
+            job = Job(-probe.transfer, probe.transfer, 0, reads=True, is_urgent=True, is_probe=True)
+            self._start(job, ops, list(probe.keys), probe.patience_s, self._waiting_reads)
 
     def _demote(self, demotions: tuple[Demotion, ...]) -> None:
         keys = [demotion.key for demotion in demotions]
@@ -322,11 +330,11 @@ class Worker:
             self._counters["kvoffload_transfer_bytes_total", direction] += pending.nbytes
             self._counters["kvoffload_transfer_seconds_total", direction] += seconds
             self._report.latencies.setdefault(direction, []).append(seconds)
-        if pending.kind is OpKind.READ and not error:
+        job = pending.job
+        if pending.kind is OpKind.READ and not error and not (job is not None and job.is_probe):
             self._copying[number + 1] = time.monotonic()  # see _says_little
         elif pending.kind is OpKind.COPY_IN:
             self._copying.pop(number, None)
-        job = pending.job
         if error == errno.ETIMEDOUT:
             deadline = "request" if job is not None and job.is_urgent else "operation"
             self._counters["kvoffload_deadlines_missed_total", direction, deadline] += 1
@@ -336,6 +344,7 @@ class Worker:
                 self._report.failed_demotions[pending.demotion] = error
             return
         job.left -= 1
+        job.longest_s = max(job.longest_s, seconds)
         if error == errno.ETIMEDOUT and pending.kind is OpKind.COPY_IN:
             error = errno.EREMOTEIO  # its turn did not come in time: that is the GPU's doing, for the drive had answered
         elif error == errno.ETIMEDOUT and job.is_urgent and self._says_little(pending.drive, job):
@@ -355,4 +364,8 @@ class Worker:
     def _finish(self, job: Job) -> None:
         if job.failed:
             self._report.failed[job.transfer] = job.failed
+        if job.is_probe:  # not when that is seen: an idle engine sees nothing
+            seconds = time.monotonic() - job.begun if job.failed else job.longest_s
+            self._report.probes[job.transfer] = 1, seconds
+            return
         self._finished.append((job.id, not job.failed))

@@ -170,6 +170,14 @@ class Decisions:
         self.load_seconds[slowest].append(now - loads.loading.begun)
         loads.loading = None
 
+    def begin_probe(self, blocks: int) -> Loading:
+        self._counters["kvoffload_load_decisions_total", "read", Why.PROBE.value] += 1
+        return self._estimates.begin_probe(time.monotonic(), blocks * self._block_bytes)
+
+    def end_probe(self, loading: Loading | None, seconds: float, errors: Collection[int]) -> None:
+        late = any(error in LATE for error in errors) or set(errors) == {errno.ECANCELED}
+        self._estimates.end_probe(loading, seconds, not errors, late)
+
     def forget_loads(self) -> None:
         """Loads in flight will not be reported."""
         self._estimates.forget_loads()

@@ -42,6 +42,7 @@ from kvoffload.vllm.decisions import Decisions, Loads
 from kvoffload.vllm.geometry import Geometry
 from kvoffload.vllm.identity import LoraSalts, siblings
 from kvoffload.vllm.notes import Notes
+from kvoffload.vllm.probes import Probes
 from kvoffload.vllm.transfer import SlotSpec
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class ManagerAdapter(OffloadingManager):
         self._latencies: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=OBSERVATIONS_MAX))
         self._core = BlockManager(0, 0, 1, NoJournal(), block_bytes=0)
         self._decisions = Decisions(self._core.counters, 0)
+        self._probes = Probes(self._core, self._decisions, 0, self._group_number)
         self._block_bytes = 0
         self._today = WrittenToday(time.time())
         self._admission = Admission(AdmitAll(), None, 0)
@@ -143,6 +145,7 @@ class ManagerAdapter(OffloadingManager):
             drives=[f"{i} ({folder})" for i, folder in enumerate(folders)],
         )  # fmt: skip
         self._decisions = Decisions(self._core.counters, slot)
+        self._probes = Probes(self._core, self._decisions, ranks, self._group_number)
         logger.info(
             "kvoffload: %d DRAM slots, %d SSD slots of %d bytes per rank; %d blocks resumed from %s",
             dram.slots if dram.is_tier else 0,
@@ -221,14 +224,18 @@ class ManagerAdapter(OffloadingManager):
             if computed < position <= computed + matched:
                 tier = self._loadable_from(notes.own_key(key), context, notes)
                 if tier is not None:
-                    found.append((position, tier))
+                    found.append((position, tier, notes.own_key(key)))
         if not found:
             return False
         found.sort(key=lambda block: block[0])
-        decision = self._decisions.decide(request, notes.loads, computed, found)
+        decision = self._decisions.decide(request, notes.loads, computed, [block[:2] for block in found])
+        if decision.probe is not None:
+            self._probes.begin(next(self._transfers), decision.probe, found)
+            notes.loads.decision = decision._replace(probe=None)
         if decision.kind is Kind.LOAD:  # also what follows the last whole block: of a model with windows, all but one token
             return False
-        end = next(position for position, _ in [(computed, None), *found] if position >= decision.end)  # of a whole block
+        ends = (computed, *(position for position, _, _ in found))  # of whole blocks
+        end = next(position for position in ends if position >= decision.end)
         notes.loads.end = end
         notes.limit = end if end < computed + matched else None
         return notes.limit is not None
@@ -299,7 +306,7 @@ class ManagerAdapter(OffloadingManager):
         positions = contract.key_positions(req_context)
         own_keys = {notes.own_key(key): key for key in keys if self._is_written(positions.get(key, 0), notes)}
         in_order = sorted(own_keys, key=lambda own: positions.get(own_keys[own], 0))
-        groups = [(key, self._group_numbers[get_offload_group_idx(key)]) for key in in_order]
+        groups = [(key, self._group_number(key)) for key in in_order]
         stored = self._core.store(groups, req_context.req_id, notes.own_positions(req_context))
         notes.has_hole = stored.dropped > 0
         by_key = {placement.key: placement for placement in stored.placements}
@@ -308,6 +315,10 @@ class ManagerAdapter(OffloadingManager):
         self._storing.update((placement.key, transfer) for placement in placements)
         self._core.counters["kvoffload_stored_blocks_total",] += len(placements)
         return PrepareStoreOutput([own_keys[place.key] for place in placements], SlotSpec.of(transfer, placements), [])
+
+    def _group_number(self, key: BlockKey) -> int:
+        """A key's KV-cache group as workers number them; salted keys keep vLLM's number of it."""
+        return self._group_numbers[get_offload_group_idx(OffloadKey(key))]
 
     def _is_written(self, position: int, notes: Notes) -> bool:
         """The last token of an answer is drawn and never computed with. Older versions of vLLM (0.27.1 for one) store a block that
@@ -345,6 +356,7 @@ class ManagerAdapter(OffloadingManager):
         self._sources.clear()
         self._storing.clear()
         self._loading.clear()
+        self._probes.clear()
         self._life = os.urandom(16)
         self._core.reset()
         self._decisions.forget_loads()
@@ -381,13 +393,14 @@ class ManagerAdapter(OffloadingManager):
     def take_plan(self) -> TransferPlan:
         """What workers are to do beside vLLM's jobs of this step."""
         attach, self._attach = self._attach, ()
-        return TransferPlan(attach=attach, demotions=tuple(self._core.plan()))
+        return TransferPlan(attach=attach, demotions=tuple(self._core.plan()), probes=self._probes.take_plan())
 
     def take_in(self, report: TransferReport) -> None:
         """What workers did. REQUIRES: called before vLLM's scheduler half learns of the jobs that ended with it."""
         for transfer, errors in report.failed.items():
             if transfer >= self._first_transfer:
                 add_errors(self._failed.setdefault(transfer, {}), errors)
+        self._probes.take_in(report.probes, self._failed)
         for demotion, ranks in report.demoted.items():
             self._core.ack(demotion, ranks, report.failed_demotions.get(demotion, 0))
         if report.attach_error:

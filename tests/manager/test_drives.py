@@ -52,6 +52,23 @@ def test_the_first_block_asked_for_is_a_drives_trial_and_brings_the_rest_back():
     assert books.tiers(blocks[3:]) == [Tier.SSD]
 
 
+def test_what_is_read_only_for_the_time_it_takes_is_in_use_meanwhile_and_takes_no_memory():
+    books = Books(dram=4, ssd=8)
+    blocks = on_ssd_only(books, "a", 4)
+    free = books.manager.usage()[Tier.DRAM]
+    places = books.manager.read_for_time([*blocks[:2], b"nowhere"], "probe")
+    assert [place.key for place in places] == blocks[:2] and {place.dram_slot for place in places} == {NO_SLOT}
+    assert books.manager.usage()[Tier.DRAM] == free
+    books.store(prefix("b", 4))
+    books.demote()
+    books.store(prefix("c", 4))
+    books.demote()
+    assert books.tiers(blocks[:2]) == [Tier.SSD] * 2, "in use, so not evicted"
+    books.manager.load_done(blocks[:2], "probe", {blocks[0]: errno.EBADMSG})
+    books.manager.check()
+    assert books.tiers(blocks[:2]) == [None, Tier.SSD]
+
+
 def test_a_trial_that_was_promised_and_not_taken_is_free_again_in_the_next_step():
     books = Books(dram=4, ssd=8)
     blocks = on_ssd_only(books, "a", 4)

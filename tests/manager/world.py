@@ -262,10 +262,16 @@ class World:
         if hits and self.rng.random() < 0.8:
             loaded = keys[: self.rng.randint(1, hits)]
             places = self.manager.load(loaded, name)
-            self.jobs[name] = Job("load", places, {}, len(places) * self.ranks)
-            self._begin("load", places, name)
+            self._load(places, name)
+        elif hits:
+            self._load(self.manager.read_for_time(keys[:hits], f"{name} probe"), f"{name} probe")
         self.manager.touch(keys, name)
         return keys
+
+    def _load(self, places: list[Placement], name: str) -> None:
+        if places:
+            self.jobs[name] = Job("load", places, {}, len(places) * self.ranks)
+            self._begin("load", places, name)
 
     def _store(self, name: str, keys: list[BlockKey]) -> None:
         own = {key: place for place, key in enumerate(keys)}

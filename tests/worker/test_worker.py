@@ -21,6 +21,7 @@ from kvoffload.types import (
     Demotion,
     EngineOptions,
     OpKind,
+    ProbeRead,
     Region,
     SlotFiles,
     TransferPlan,
@@ -332,6 +333,33 @@ def test_a_load_of_any_size_leaves_room_for_stores(monkeypatch):
     assert engine.room == 2, "and those that are read not for all that comes from DRAM"
     worker.store(3, block_list(2, [0, 1], [NO_SLOT] * 2, [0, 1]))
     assert engine.room == 0
+
+
+def probe(count: int, generation: int = 7) -> ProbeRead:
+    numbers = tuple(range(count))
+    return ProbeRead(TRANSFER, tuple(map(key, numbers)), (0,) * count, (generation,) * count, numbers, 60.0)
+
+
+def test_blocks_are_read_for_the_time_it_takes_and_told_of_to_us_alone(rig):
+    stored(rig, 4)
+    before = [rig.content(block) for block in range(BLOCKS)]
+    for generation, failed in ((7, {}), (8, dict.fromkeys(map(key, range(4)), errno.EBADMSG))):
+        rig.worker.apply(TransferPlan(probes=(probe(4, generation),)))
+        report = rig.worker.take_report()
+        while TRANSFER not in report.probes:
+            rig.engine.wait(1.0)
+            rig.worker.poll()
+            report.add(rig.worker.take_report())
+        ranks, seconds = report.probes[TRANSFER]
+        assert ranks == 1 and 0 < seconds < 60.0 and report.failed.get(TRANSFER, {}) == failed
+    assert rig.worker.take_finished() == [] and [rig.content(block) for block in range(BLOCKS)] == before
+    assert not rig.worker._jobs and not rig.worker._copying and rig.worker._load_ops == {True: 0, False: 0}
+
+
+def test_of_several_ranks_the_slowest_tells_how_long_reading_took():
+    first = TransferReport(probes={1: (1, 0.5), 2: (1, 0.1)})
+    first.add(TransferReport(probes={1: (1, 2.0)}))
+    assert first.probes == {1: (2, 2.0), 2: (1, 0.1)}
 
 
 def test_a_load_whose_time_is_up_ends_though_an_earlier_one_still_waits():
