@@ -182,6 +182,10 @@ class Probing:
     whole_s: float = 0.0  # what computing would take where it is probed
     whole_bytes: int = 0  # what would be loaded there, were it not for a probe
 
+    def wait(self, now: float) -> None:
+        self.pause_s = min(2 * self.pause_s, PROBE_MAX_S)
+        self.next_at = now + self.pause_s
+
 
 class Loading(NamedTuple):
     """A load in flight."""
@@ -225,13 +229,15 @@ class Estimates:
         best = min(range(len(times)), key=lambda count: (times[count], -count))
         suspect, probe = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None), None
         if suspect is not None:
-            if may_probe_tiers and parts[suspect].tier is Tier.SSD:
+            probing = self._probing.get(Tier.SSD)
+            if may_probe_tiers and parts[suspect].tier is Tier.SSD and (probing is None or now >= probing.next_at):
                 probe = self._probe_ssd(now, ends[suspect], parts[suspect], whole)
-            elif may_probe_tiers:
+            elif may_probe_tiers and parts[suspect].tier is not Tier.SSD:
                 return self._probe_dram(now, ends[suspect], parts[suspect], loads[suspect], whole)
             best = suspect
         for part in parts[:best]:
-            self._probing.pop(part.tier, None)
+            if part.tier is not Tier.SSD:  # whose probes are not loads: see end_load
+                self._probing.pop(part.tier, None)
         if best < len(parts):
             if self._doubts(rest, parts, loads[-1], times[best]):
                 if self._may_probe(now, Prefill.size(rest)):
@@ -296,8 +302,7 @@ class Estimates:
         probing = self._probing.setdefault(what, Probing(PROBE_S, now + PROBE_S))
         if now < probing.next_at:
             return False
-        probing.pause_s = min(2 * probing.pause_s, PROBE_MAX_S)
-        probing.next_at = now + probing.pause_s
+        probing.wait(now)
         return True
 
     # -- learning ----------------------------------------------------------------------------------------------
@@ -307,7 +312,9 @@ class Estimates:
             self._queued[tier] += more
         return Loading(now, nbytes, {tier: self._queued[tier] for tier in nbytes}, predicted_s)
 
-    def end_load(self, now: float, loading: Loading, arrived: bool, late: bool, for_drive: bool = False) -> Tier:
+    def end_load(
+        self, now: float, loading: Loading, arrived: bool, late: bool, for_drive: bool = False, for_probe: bool = False
+    ) -> Tier:
         """`late`: it was given up, so it would have taken longer than it did; `for_drive`: reads were what it waited for. One that
         failed otherwise teaches nothing. Answers the tier that it is taken to have waited for."""
         for tier, nbytes in loading.nbytes.items():
@@ -325,8 +332,14 @@ class Estimates:
             # What a probe took for each byte, taken for all that it was part of, is no more than computing that: then all is well.
             well = probing is None or seconds * probing.whole_bytes <= probing.whole_s * nbytes
             self._settle_patience(slowest, well)
+            if well and probing is not None and probing.whole_bytes and slowest is Tier.SSD and not for_probe:
+                # A request's load, which waits for steps and copies as a probe does not: only that ends probing. Else an SSD whose
+                # probes are fast and its loads slow would be loaded from after each probe, with the first pause between.
+                probing = self._probing.pop(slowest, None)
         else:
             self._suspects.add(slowest)
+            if probing is not None and not for_probe:
+                probing.wait(now)
             # A probe is given up soon, which must not look like a load that took no longer: it stands for all it was part of.
             whole_s, whole_bytes = (probing.whole_s, probing.whole_bytes) if probing is not None else (0.0, 0)
             seconds, nbytes = GIVEN_UP * max(seconds, whole_s), max(nbytes, whole_bytes)
@@ -335,13 +348,14 @@ class Estimates:
         return slowest
 
     def begin_probe(self, now: float, nbytes: int) -> Loading:
-        return self.begin_load(now, {Tier.SSD: nbytes}, None)
+        """What is queued before it is not counted: it is timed from when its reads reach the drive."""
+        return self.begin_load(now, {Tier.SSD: nbytes}, None)._replace(queued={Tier.SSD: nbytes})
 
     def end_probe(self, loading: Loading | None, seconds: float, arrived: bool, late: bool) -> None:
         """None: it was not made."""
         self._is_probing = False
         if loading is not None:
-            self.end_load(loading.begun + seconds, loading, arrived, late, for_drive=True)
+            self.end_load(loading.begun + seconds, loading, arrived, late, for_drive=True, for_probe=True)
 
     def _settle_patience(self, tier: Tier, well: bool) -> None:
         if tier in self._suspects:

@@ -214,8 +214,9 @@ class BlockManager:
             placements.append(Placement(key, block.generation, NO_SLOT, block.ssd_slot))
         return placements
 
-    def load_done(self, keys: Collection[BlockKey], owner: str, failed: Mapping[BlockKey, int] = NOTHING) -> None:
-        """The load of `keys` ended on every rank; those in `failed` did not arrive on some rank, for that errno.
+    def load_done(self, keys: Iterable[BlockKey], owner: str, failed: Mapping[BlockKey, int] = NOTHING, used: bool = True) -> None:
+        """The load of `keys` ended on every rank; those in `failed` did not arrive on some rank, for that errno. `used`: or only
+        read for time.
 
         What a failure says about the drive, and whether the block is kept, is for `Drives.end_load`. In DRAM a block that
         was late, that was not tried (ECANCELED) or that the GPU did not take (EREMOTEIO) is kept.
@@ -233,9 +234,9 @@ class BlockManager:
                     self._take_back_slots(drive, late_before)
             if block.promoter == owner:
                 self._end_promotion(block, drive, error)
-            if error:
+            if error and used:
                 self.counters["kvoffload_load_failures_total",] += 1
-            elif drive is not None and block.unread:
+            elif used and drive is not None and block.unread:
                 block.unread = False
                 self.counters["kvoffload_read_back_blocks_total",] += 1
             if spoiled:

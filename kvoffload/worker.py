@@ -177,13 +177,16 @@ class Worker:
         needed = np.ones(len(ops), bool)
         needed[::2] = blocks.ssd_slots != NO_SLOT
         keys = [blocks.keys[place // 2] for place in np.flatnonzero(needed).tolist()]
-        timeout_s = LOAD_TIMEOUT_S + sum(self._group_bytes[group] for group in blocks.groups) / LOAD_BYTES_PER_S
+        timeout_s = self._load_timeout_s(blocks.groups)
         is_urgent = blocks.patience_s is not None and blocks.patience_s < timeout_s
         if is_urgent:
             timeout_s = blocks.patience_s
         reads = bool(needed[::2].any())
         waiting = self._waiting_reads if reads else self._waiting_copies
         self._start(Job(job_id, blocks.transfer, 0, reads, is_urgent), ops[needed], keys, timeout_s, waiting)
+
+    def _load_timeout_s(self, groups: Iterable[int]) -> float:
+        return LOAD_TIMEOUT_S + sum(self._group_bytes[group] for group in groups) / LOAD_BYTES_PER_S
 
     def store(self, job_id: int, blocks: BlockList) -> None:
         """Starts copying the blocks to their DRAM slots."""
@@ -208,9 +211,11 @@ class Worker:
         for probe in plan.probes:
             columns = {"group": probe.groups, "generation": probe.generations, "ssd_slot": probe.ssd_slots}
             ops = block_ops(OpKind.READ, list(probe.keys), columns)
+            timeout_s = self._load_timeout_s(probe.groups)
+            is_urgent = probe.patience_s < timeout_s
             # A name that none of vLLM's jobs has: those count from 0.
-            job = Job(-probe.transfer, probe.transfer, 0, reads=True, is_urgent=True, is_probe=True)
-            self._start(job, ops, list(probe.keys), probe.patience_s, self._waiting_reads)
+            job = Job(-probe.transfer, probe.transfer, 0, reads=True, is_urgent=is_urgent, is_probe=True)
+            self._start(job, ops, list(probe.keys), min(probe.patience_s, timeout_s), self._waiting_reads)
 
     def _demote(self, demotions: tuple[Demotion, ...]) -> None:
         keys = [demotion.key for demotion in demotions]

@@ -34,6 +34,7 @@ class World:
         self.token_s, self.pair_s, self.step_s = token_s, pair_s, step_s
         self.rate = {Tier.DRAM: 10e9, Tier.SSD: 1e9}
         self.latency = {Tier.DRAM: 0.001, Tier.SSD: 0.005}
+        self.overhead_s = 0.0  # of a load, beside what the tiers take
         self.noise, self.rng = noise, random.Random(seed)
         self.counters: Counter[tuple[str, ...]] = Counter()
         self.estimates = Estimates(self.counters)
@@ -42,7 +43,7 @@ class World:
         return self._noisy(self.step_s + self.token_s * tokens + self.pair_s * tokens * (context + tokens / 2))
 
     def load_s(self, nbytes: dict[Tier, int]) -> float:
-        return self._noisy(max(self.latency[tier] + count / self.rate[tier] for tier, count in nbytes.items()))
+        return self._noisy(max(self.latency[tier] + count / self.rate[tier] for tier, count in nbytes.items())) + self.overhead_s
 
     def _noisy(self, seconds: float) -> float:
         return seconds * self.rng.lognormvariate(0, self.noise)
@@ -83,7 +84,7 @@ class World:
     def probe_drive(self, wanted: Probe, begun: float) -> None:
         nbytes = (wanted.end - wanted.begin) * TOKEN_BYTES
         loading = self.estimates.begin_probe(begun, nbytes)
-        seconds = self.load_s({Tier.SSD: nbytes})
+        seconds = self.load_s({Tier.SSD: nbytes}) - self.overhead_s
         late = seconds > wanted.patience_s
         self.estimates.end_probe(loading, min(seconds, wanted.patience_s), not late, late)
 
@@ -333,6 +334,19 @@ def test_loading_may_take_some_times_what_is_expected_no_longer_than_it_saves_an
     slow = world.decide(ssd(4000), 4000)
     assert slow.kind is Kind.LOAD and PATIENCE * slow.load_s > world.prefill_s(4000, 0)
     assert slow.patience_s == pytest.approx(world.prefill_s(4000, 0) - world.step_s, rel=0.1)
+
+
+def test_where_loads_wait_for_more_than_the_drive_probes_do_not_bring_them_back_again_and_again():
+    """A probe waits for no step of the model and no copy."""
+    world = taught()
+    world.overhead_s = 1.5 * world.prefill_s(4000, 0)
+    asked = [world.request(ssd(4000), 4000) for _ in range(500)]
+    assert sum(probes(each) for each in asked) >= 3
+    assert sum(decision.kind is Kind.LOAD for decision, _ in asked) <= 12
+    assert sum(seconds for _, seconds in asked) <= 1.03 * 500 * world.prefill_s(4000, 0)
+    world.overhead_s = 0.0
+    world.now += 1000.0
+    assert [world.request(ssd(4000), 4000)[0].kind for _ in range(4)][-1] is Kind.LOAD
 
 
 def test_small_probes_that_a_slow_drive_answers_earn_it_no_patience():

@@ -175,7 +175,7 @@ class Decisions:
         return self._estimates.begin_probe(time.monotonic(), blocks * self._block_bytes)
 
     def end_probe(self, loading: Loading | None, seconds: float, errors: Collection[int]) -> None:
-        late = any(error in LATE for error in errors) or set(errors) == {errno.ECANCELED}
+        late = any(error in LATE for error in errors)  # if none was tried that teaches nothing: no request has waited
         self._estimates.end_probe(loading, seconds, not errors, late)
 
     def forget_loads(self) -> None:

@@ -8,6 +8,8 @@ from kvoffload.manager import BlockManager
 from kvoffload.types import BlockKey, ProbeRead, Tier
 from kvoffload.vllm.decisions import Decisions
 
+PROBE_BLOCKS_MAX = 1024  # that workers hand to the engine at once, so that its time is that of the drive
+
 
 @dataclass
 class InFlight:
@@ -29,7 +31,7 @@ class Probes:
         """Has the blocks of `found` (where each ends, and lies) read whose tokens are in the stretch, the first at least."""
         end = next(position for position, _, _ in found if position >= wanted.end)
         keys = [key for position, tier, key in found if tier is Tier.SSD and wanted.begin < position <= end]
-        places = self._core.read_for_time(keys, self._owner(transfer))
+        places = self._core.read_for_time(keys[:PROBE_BLOCKS_MAX], self._owner(transfer))
         if not places:
             self._decisions.end_probe(None, 0.0, ())
             return
@@ -60,8 +62,9 @@ class Probes:
             if found.ranks <= 0:
                 del self._in_flight[transfer]
                 errors = failed.pop(transfer, {})
-                self._core.load_done(found.probe.keys, self._owner(transfer), errors)
-                self._decisions.end_probe(found.loading, found.seconds, errors.values())
+                self._core.load_done(found.probe.keys, self._owner(transfer), errors, used=False)
+                # An engine that was idle sees late that reads had failed in time.
+                self._decisions.end_probe(found.loading, min(found.seconds, found.probe.patience_s), errors.values())
 
     def clear(self) -> None:
         """Those in flight will not be told of."""

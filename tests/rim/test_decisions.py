@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.kv_offload.base import Medium, TierFilter, TierMatcher
 
-from kvoffload.estimates import CONVINCED, PATIENCE_MIN_S
+from kvoffload.estimates import CONVINCED, PATIENCE_MIN_S, Probe
 from kvoffload.types import Tier, TransferReport
 from kvoffload.vllm import contract, decisions
 from tests.rim.test_manager import GROUPS, PAYLOAD, adapter, end_step, hits, request, store
@@ -303,13 +303,45 @@ def test_a_slow_ssd_is_probed_beside_a_request_that_is_computed_and_used_again_w
     manager.shutdown()
 
 
-def test_a_probe_in_flight_is_forgotten_with_a_reset(clock):
-    manager, context, keys = held(clock)
-    manager._probes._in_flight[9] = None
-    manager._decisions._estimates._is_probing = True
+def test_a_probe_planned_or_in_flight_is_forgotten_with_a_reset(clock, tmp_path):
+    manager = adapter(nvme_path=str(tmp_path), ssd_kv_offload_gb=0.01)
+    wanted = Probe(0, TOKENS, 1.0)
+
+    def begin(number: int) -> None:
+        context, keys = request(manager, f"r{number}", BLOCKS)
+        store(manager, context, keys)
+        manager.take_in(TransferReport(demoted={demotion.id: 1 for demotion in end_step(manager).demotions}))
+        own = manager._notes(context).own_keys(keys)
+        manager._probes.begin(number, wanted, [(32 * (n + 1), Tier.SSD, key) for n, key in enumerate(own)])
+
+    begin(901)
+    assert len(end_step(manager).probes[0].keys) == BLOCKS
     manager.reset_cache()
-    manager.take_in(TransferReport(probes={9: (1, 0.5)}))
-    assert not manager._decisions._estimates._is_probing
+    manager.take_in(TransferReport(probes={901: (1, 0.5)}))
+    assert manager._decisions._estimates._queued[Tier.SSD] == 0
+    begin(902)
+    manager.reset_cache()
+    assert end_step(manager).probes == ()
+    begin(903)
+    manager.take_in(TransferReport(probes={902: (1, 0.5)}))
+    assert set(manager._probes._in_flight) == {903}
+    manager.shutdown()
+
+
+def test_a_probe_that_an_idle_engine_saw_fail_late_took_no_longer_than_it_was_given(clock, tmp_path, monkeypatch):
+    manager = adapter(nvme_path=str(tmp_path), ssd_kv_offload_gb=0.01)
+    context, keys = request(manager, "r", BLOCKS)
+    store(manager, context, keys)
+    manager.take_in(TransferReport(demoted={demotion.id: 1 for demotion in end_step(manager).demotions}))
+    ended = []
+    monkeypatch.setattr(manager._decisions._estimates, "end_probe", lambda loading, *told: ended.append(told))
+    for number, error, told in ((901, errno.ETIME, (2.0, False, True)), (902, errno.ECANCELED, (2.0, False, False))):
+        manager._probes.begin(number, Probe(0, TOKENS, 2.0), [(32 * (n + 1), Tier.SSD, key) for n, key in enumerate(keys)])
+        (probe,) = end_step(manager).probes
+        manager.take_in(TransferReport(probes={number: (1, 600.0)}, failed={number: dict.fromkeys(probe.keys, error)}))
+        assert ended[-1] == told
+    assert manager._core.counters["kvoffload_load_failures_total",] == 0
+    manager.shutdown()
 
 
 def test_a_request_that_is_to_probe_and_has_to_wait_stays_at_it(clock):
