@@ -7,7 +7,7 @@ model, the other requests and the queues that lie between. So the estimates need
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import combinations
 from typing import NamedTuple
@@ -176,13 +176,18 @@ class Probing:
     A small load is mostly latency, from which it does not follow what a large one takes. So if one that many times larger cannot
     take longer than computing, it follows at once, up to the whole."""
 
-    pause_s: float
-    next_at: float
+    since: float  # it began, or the pause did
+    pause_s: float = PROBE_S
+    next_at: float = field(init=False)
     share: int = PROBE_SHARE
     whole_s: float = 0.0  # what computing would take where it is probed
     whole_bytes: int = 0  # what would be loaded there, were it not for a probe
 
+    def __post_init__(self) -> None:
+        self.next_at = self.since + self.pause_s
+
     def wait(self, now: float) -> None:
+        self.since = now
         self.pause_s = min(2 * self.pause_s, PROBE_MAX_S)
         self.next_at = now + self.pause_s
 
@@ -236,7 +241,8 @@ class Estimates:
                 return self._probe_dram(now, ends[suspect], parts[suspect], loads[suspect], whole)
             best = suspect
         for part in parts[:best]:
-            if part.tier is not Tier.SSD:  # whose probes are not loads: see end_load
+            probing = self._probing.get(part.tier)
+            if part.tier is not Tier.SSD or probing is not None and not probing.whole_bytes:  # see _judge_probes
                 self._probing.pop(part.tier, None)
         if best < len(parts):
             if self._doubts(rest, parts, loads[-1], times[best]):
@@ -271,7 +277,7 @@ class Estimates:
 
     def _note_probe(self, now: float, begin: int, part: Part, whole_s: float) -> int:
         """Where it ends."""
-        probing = self._probing.setdefault(part.tier, Probing(PROBE_S, now + PROBE_S))
+        probing = self._probing.setdefault(part.tier, Probing(now))
         probing.whole_s, probing.whole_bytes = whole_s, part.nbytes
         return begin + max(1, (part.end - begin) // probing.share)
 
@@ -299,7 +305,7 @@ class Estimates:
         return max((self._load[tier].predict(self._queued[tier] + nbytes, 1.0) or 0.0 for tier, nbytes in known), default=0.0)
 
     def _may_probe(self, now: float, what: Tier | int) -> bool:
-        probing = self._probing.setdefault(what, Probing(PROBE_S, now + PROBE_S))
+        probing = self._probing.setdefault(what, Probing(now))
         if now < probing.next_at:
             return False
         probing.wait(now)
@@ -332,13 +338,11 @@ class Estimates:
             # What a probe took for each byte, taken for all that it was part of, is no more than computing that: then all is well.
             well = probing is None or seconds * probing.whole_bytes <= probing.whole_s * nbytes
             self._settle_patience(slowest, well)
-            if well and probing is not None and probing.whole_bytes and slowest is Tier.SSD and not for_probe:
-                # A request's load, which waits for steps and copies as a probe does not: only that ends probing. Else an SSD whose
-                # probes are fast and its loads slow would be loaded from after each probe, with the first pause between.
-                probing = self._probing.pop(slowest, None)
+            if not for_probe:
+                self._judge_probes(now, loading, seconds, slowest)
         else:
             self._suspects.add(slowest)
-            if probing is not None and not for_probe:
+            if probing is not None and not for_probe and loading.begun >= probing.since:
                 probing.wait(now)
             # A probe is given up soon, which must not look like a load that took no longer: it stands for all it was part of.
             whole_s, whole_bytes = (probing.whole_s, probing.whole_bytes) if probing is not None else (0.0, 0)
@@ -346,6 +350,18 @@ class Estimates:
         self._settle_probe(now, probing, seconds)
         self._load[slowest].observe(seconds, nbytes, 1.0)
         return slowest
+
+    def _judge_probes(self, now: float, loading: Loading, seconds: float, slowest: Tier) -> None:
+        """By a request's load that arrived, for it waits for steps and copies, as a probe does not. If it was as fast as it was
+        to be, probing ends. If not, the pause grows: an SSD of fast probes and slow loads would be loaded from after each."""
+        probing = self._probing.get(Tier.SSD)
+        if probing is None or not probing.whole_bytes or Tier.SSD not in loading.queued:
+            return
+        least_bytes = loading.queued[Tier.SSD] if slowest is Tier.SSD else probing.whole_bytes
+        if seconds * probing.whole_bytes <= probing.whole_s * least_bytes:
+            del self._probing[Tier.SSD]
+        elif slowest is Tier.SSD:
+            probing.wait(now)
 
     def begin_probe(self, now: float, nbytes: int) -> Loading:
         """What is queued before it is not counted: it is timed from when its reads reach the drive."""
@@ -367,8 +383,9 @@ class Estimates:
 
     def _settle_probe(self, now: float, probing: Probing | None, seconds: float) -> None:
         if probing is not None and PROBE_GROWS * seconds < probing.whole_s:
+            if probing.share > 1:
+                probing.next_at = now
             probing.share = max(1, probing.share // PROBE_GROWS)
-            probing.next_at = now
         elif probing is not None:
             probing.share = PROBE_SHARE
 

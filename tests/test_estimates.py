@@ -336,19 +336,6 @@ def test_loading_may_take_some_times_what_is_expected_no_longer_than_it_saves_an
     assert slow.patience_s == pytest.approx(world.prefill_s(4000, 0) - world.step_s, rel=0.1)
 
 
-def test_where_loads_wait_for_more_than_the_drive_probes_do_not_bring_them_back_again_and_again():
-    """A probe waits for no step of the model and no copy."""
-    world = taught()
-    world.overhead_s = 1.5 * world.prefill_s(4000, 0)
-    asked = [world.request(ssd(4000), 4000) for _ in range(500)]
-    assert sum(probes(each) for each in asked) >= 3
-    assert sum(decision.kind is Kind.LOAD for decision, _ in asked) <= 12
-    assert sum(seconds for _, seconds in asked) <= 1.03 * 500 * world.prefill_s(4000, 0)
-    world.overhead_s = 0.0
-    world.now += 1000.0
-    assert [world.request(ssd(4000), 4000)[0].kind for _ in range(4)][-1] is Kind.LOAD
-
-
 def test_small_probes_that_a_slow_drive_answers_earn_it_no_patience():
     world = taught()
     world.rate[Tier.SSD] /= 100

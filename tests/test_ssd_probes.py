@@ -1,0 +1,81 @@
+"""Reads beside requests that are computed, and what they and later loads say of a slow SSD. Worlds with known costs."""
+
+from kvoffload.estimates import CONVINCED, PROBE_S, Kind, Part
+from kvoffload.types import Tier
+from tests.test_estimates import TOKEN_BYTES, probes, ssd, taught
+
+
+def test_where_loads_wait_for_more_than_the_drive_probes_do_not_bring_them_back_again_and_again():
+    """A probe waits for no step of the model and no copy."""
+    world = taught()
+    world.overhead_s = 1.5 * world.prefill_s(4000, 0)
+    asked = [world.request(ssd(4000), 4000) for _ in range(500)]
+    assert sum(probes(each) for each in asked) >= 3
+    assert sum(decision.kind is Kind.LOAD for decision, _ in asked) <= 12
+    assert sum(seconds for _, seconds in asked) <= 1.03 * 500 * world.prefill_s(4000, 0)
+    world.overhead_s = 0.0
+    world.now += 1000.0
+    assert [world.request(ssd(4000), 4000)[0].kind for _ in range(4)][-1] is Kind.LOAD
+
+
+def test_a_load_that_arrives_late_makes_the_pause_between_probes_grow_as_one_that_is_given_up_does():
+    world = taught()
+    alone, took = world.prefill_s(4000, 0), 0.0
+    for _ in range(500):
+        decision = world.decide(ssd(4000), 4000)
+        begun = world.now
+        if decision.kind is Kind.LOAD:
+            loading = world.estimates.begin_load(world.now, {Tier.SSD: 4000 * TOKEN_BYTES}, None)
+            world.now += 1.5 * alone  # it waits for steps of the model
+            world.estimates.end_load(world.now, loading, True, True)
+        world.compute(1 if decision.kind is Kind.LOAD else 4000, 3999 if decision.kind is Kind.LOAD else 0)
+        took += world.now - begun
+        if decision.probe is not None:
+            world.probe_drive(decision.probe, begun)
+    assert took <= 1.03 * 500 * alone
+
+
+def test_loads_that_one_stall_kept_are_one_reason_to_wait_and_not_one_each():
+    world = taught()
+    loads = [world.estimates.begin_load(world.now, {Tier.SSD: 4000 * TOKEN_BYTES}, None) for _ in range(8)]
+    world.now += 0.25
+    world.estimates.end_load(world.now, loads[0], False, True, True)
+    world.request(ssd(4000), 4000)
+    for loading in loads[1:]:
+        world.now += 0.1
+        world.estimates.end_load(world.now, loading, False, True, True)
+    world.now += 2 * PROBE_S
+    assert [world.request(ssd(4000), 4000)[0].kind for _ in range(6)][-1] is Kind.LOAD
+
+
+def test_a_queue_that_had_a_prompt_computed_leaves_nothing_behind_that_keeps_doubts_off():
+    world = taught()
+    world.estimates._may_probe(world.now, Tier.SSD)
+    assert world.decide(ssd(4000), 4000).kind is Kind.LOAD
+    assert Tier.SSD not in world.estimates._probing
+
+
+def test_a_hit_of_which_dram_has_most_ends_probing_of_the_ssd_as_well():
+    world = taught()
+    both = [Part(3900, Tier.DRAM, 3900 * TOKEN_BYTES), Part(4000, Tier.SSD, 100 * TOKEN_BYTES)]
+    for _ in range(CONVINCED):
+        world.request(both[:1], 3900)
+    world.estimates._note_probe(world.now, 0, ssd(4000)[0], world.prefill_s(4000, 0))
+    world.rate[Tier.DRAM] = 0.5e9
+    for _ in range(CONVINCED):
+        world.request(both, 4000)
+    assert Tier.SSD not in world.estimates._probing
+
+
+def test_a_slow_drive_is_not_probed_without_a_pause_though_whole_probes_are_quick():
+    """Of a hit of thousands of blocks a probe reads a thousand at most."""
+    world = taught()
+    estimates = world.estimates
+    estimates._note_probe(world.now, 0, ssd(4000)[0], 40.0)
+    probed = 0
+    for _ in range(50):
+        if estimates._may_probe(world.now, Tier.SSD):
+            probed += 1
+            estimates.end_probe(estimates.begin_probe(world.now, 10**6), 6.0, True, False)
+        world.now += 6.0
+    assert 3 <= probed <= 7, "in five minutes"
