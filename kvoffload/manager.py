@@ -178,14 +178,10 @@ class BlockManager:
             if block is None:
                 placements.append(Placement(key, 0, NO_SLOT, NO_SLOT))
                 continue
-            block.loads += 1
-            drive = self._drives.of(block.ssd_slot) if tier is SSD else None
-            self._loads[owner, key] = block, drive, drive.late_loads if drive is not None else 0
-            self._index.settle(block)
+            drive = self._begin_load(block, tier, owner)
             if drive is None:
                 placements.append(Placement(key, block.generation, block.dram_slot, NO_SLOT))
                 continue
-            self._drives.begin_load(drive)
             slot = NO_SLOT
             if may_move_in and block.dram is ABSENT and drive.reads.closed:  # a trial must not keep a DRAM slot
                 slot = self._index.take_dram_slot()
@@ -204,15 +200,20 @@ class BlockManager:
         placements = []
         for key in keys:
             block = self._index.block(key) if SSD in self.tiers(key) else None
-            if block is None:
-                continue
-            drive = self._drives.of(block.ssd_slot)
-            block.loads += 1
-            self._loads[owner, key] = block, drive, drive.late_loads
-            self._index.settle(block)
-            self._drives.begin_load(drive)
-            placements.append(Placement(key, block.generation, NO_SLOT, block.ssd_slot))
+            if block is not None:
+                self._begin_load(block, SSD, owner)
+                placements.append(Placement(key, block.generation, NO_SLOT, block.ssd_slot))
         return placements
+
+    def _begin_load(self, block: Block, tier: Tier | None, owner: str) -> Drive | None:
+        """From now on the block is in use. The drive that it is read from, if it is."""
+        block.loads += 1
+        drive = self._drives.of(block.ssd_slot) if tier is SSD else None
+        self._loads[owner, block.key] = block, drive, drive.late_loads if drive is not None else 0
+        self._index.settle(block)
+        if drive is not None:
+            self._drives.begin_load(drive)
+        return drive
 
     def load_done(self, keys: Iterable[BlockKey], owner: str, failed: Mapping[BlockKey, int] = NOTHING, used: bool = True) -> None:
         """The load of `keys` ended on every rank; those in `failed` did not arrive on some rank, for that errno. `used`: or only

@@ -44,7 +44,7 @@ METRICS = {
         "counter", "Blocks whose load was started for a request, by the tier they were in.", ("tier",)
     ),
     "kvoffload_hit_tokens_total": Metric(
-        "counter", "Prompt tokens that requests set out to load, by the tier they were in; from vLLM 0.31 on.", ("tier",)
+        "counter", "Prompt tokens that requests set out to load, by the tier they were in.", ("tier",)
     ),
     "kvoffload_missed_tokens_total": Metric("counter", "Prompt tokens that were neither in GPU memory nor loaded."),
     "kvoffload_missed_lookups_total": Metric(

@@ -222,9 +222,10 @@ class ManagerAdapter(OffloadingManager):
         found = []
         for key, position in contract.key_positions(context).items():
             if computed < position <= computed + matched:
-                tier = self._loadable_from(notes.own_key(key), context, notes)
+                own_key = notes.own_key(key)
+                tier = self._loadable_from(own_key, context, notes)
                 if tier is not None:
-                    found.append((position, tier, notes.own_key(key)))
+                    found.append((position, tier, own_key))
         if not found:
             return False
         found.sort(key=lambda block: block[0])

@@ -11,12 +11,18 @@ from kvoffload.store.directory import Directory
 from tests.store.helpers import PAYLOAD, config, namespace_of, open_store, slot_file, write_blocks
 
 
-def test_a_part_of_a_striped_cache_is_not_obsolete_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def striped(tmp_path: Path) -> list[Path]:
+    """Two paths; a cache is striped over them, its journal on the second."""
     paths = [tmp_path / "a", tmp_path / "b"]
     for path in paths:
         path.mkdir()
     with open_store(paths[::-1], model="striped") as store:
         write_blocks(store, range(6))
+    return paths
+
+
+def test_a_part_of_a_striped_cache_is_not_obsolete_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = striped(tmp_path)
     open_store(paths[0], 10, clean_obsolete_kv_cache=True).close()
     assert "stays: a part of it lies on paths that are not among these, or cannot be read" in caplog.text
     with open_store(paths[::-1], 60, model="striped") as store:
@@ -28,11 +34,7 @@ def test_a_part_of_a_striped_cache_is_not_obsolete_alone(tmp_path: Path, caplog:
 def test_of_a_striped_cache_whose_part_with_the_journal_stays_the_others_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = [tmp_path / "a", tmp_path / "b"]
-    for path in paths:
-        path.mkdir()
-    with open_store(paths[::-1], model="striped") as store:
-        write_blocks(store, range(6))
+    paths = striped(tmp_path)
 
     def fails(root: Directory, directory: Directory) -> None:
         raise OSError(5, "Input/output error")
@@ -46,11 +48,7 @@ def test_of_a_striped_cache_whose_part_with_the_journal_stays_the_others_stay(
 
 
 def test_of_a_striped_cache_the_part_with_the_journal_is_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [tmp_path / "a", tmp_path / "b"]
-    for path in paths:
-        path.mkdir()
-    with open_store(paths[::-1], model="striped") as store:
-        write_blocks(store, range(6))
+    paths = striped(tmp_path)
     real, removed = namespace.remove, []
 
     def cut_off(root: Directory, directory: Directory) -> None:
