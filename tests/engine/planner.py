@@ -13,6 +13,7 @@ USES = {
     "copy in": {"kv": True, "dram": False},
     "write": {"dram": False, "ssd": True},
     "read": {"dram": True, "ssd": False},
+    "read for its time": {"ssd": False},
     "load": {"kv": True, "dram": True, "ssd": False},
     "load staged": {"kv": True, "ssd": False},
 }
@@ -79,6 +80,8 @@ class Planner:
         fields = self.block_in(self.ssd, ssd)
         if kind == "load staged":
             return load(ssd=ssd, to=kv, **fields, id=number)
+        if kind == "read for its time":
+            return read(dram=NO_SLOT, ssd=ssd, **fields, id=number)
         self.filled[number] = ("dram", dram, fields)
         if kind == "read":
             return read(dram=dram, ssd=ssd, **fields, id=number)
