@@ -26,6 +26,7 @@ PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow
 PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
 SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
+USUAL = 0.9  # of what computing the usual prompt takes: beside those that take longer tiers are probed
 PROBE_LOSS = 0.05  # of what computing takes: so long a probe may last
 PATIENCE, PATIENCE_MAX = 2.0, 64.0  # times what a load should take, then the drive is another than it was. What arrived is kept.
 PATIENCE_GROWS, PATIENCE_FADES = 2.0, 0.998  # each time a load was given up and the next found the drive well; with each other load
@@ -180,8 +181,8 @@ class Probing:
     pause_s: float = PROBE_S
     next_at: float = field(init=False)
     share: int = PROBE_SHARE
-    whole_s: float = 0.0  # what computing would take where it is probed
-    whole_bytes: int = 0  # what would be loaded there, were it not for a probe
+    whole_bytes: int = 0  # what would be loaded where it is probed, were it not for a probe
+    saved_s: float = 0.0  # what computing that takes
 
     def __post_init__(self) -> None:
         self.next_at = self.since + self.pause_s
@@ -206,7 +207,7 @@ class Estimates:
         self.prefill = Prefill()
         self._load = {tier: Cost(1e6, 1.0) for tier in Tier}
         self._queued = dict.fromkeys(Tier, 0)
-        self._usual_s = 0.0  # that computing a prompt takes of which something could be loaded
+        self._usual_s = dict.fromkeys(Tier, 0.0)  # that computing a prompt takes of which the tier has something
         self._probing: dict[Tier | int, Probing] = {}  # by tier, or by size of a prefill
         self._patience = dict.fromkeys(Tier, PATIENCE)  # more for a tier that is slow now and then: to wait is better
         self._is_probing = False
@@ -228,30 +229,28 @@ class Estimates:
         if whole is None:
             return self._learn(now, computed, parts, loads[-1])
         if not again:
-            self._usual_s += (1 - FORGETTING) * (whole - self._usual_s)
-        may_probe_tiers, rest = whole >= self._usual_s, max(1, total - ends[-1])
+            for tier in {part.tier for part in parts}:
+                self._usual_s[tier] += (1 - FORGETTING) * (whole - self._usual_s[tier])
         times = [load + (self.recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
-        suspect, probe = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None), None
-        if suspect is not None:
-            probing = self._probing.get(Tier.SSD)
-            if may_probe_tiers and parts[suspect].tier is Tier.SSD and (probing is None or now >= probing.next_at):
-                probe = self._probe_ssd(now, ends[suspect], parts[suspect], whole)
-            elif may_probe_tiers and parts[suspect].tier is not Tier.SSD:
-                return self._probe_dram(now, ends[suspect], parts[suspect], loads[suspect], whole)
-            best = suspect
+        suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
+        best, probe = best if suspect is None else suspect, None
         for part in parts[:best]:
             probing = self._probing.get(part.tier)
             if part.tier is not Tier.SSD or probing is not None and not probing.whole_bytes:  # see _judge_probes
                 self._probing.pop(part.tier, None)
+        rest = max(1, total - ends[-1])
         if best < len(parts):
+            part = parts[best]
             if self._doubts(rest, parts, loads[-1], times[best]):
                 if self._may_probe(now, Prefill.size(rest)):
                     return Decision(ends[-1], Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, PATIENCE * loads[-1]))
-            elif may_probe_tiers and not self._is_probing and self._may_probe(now, parts[best].tier):
-                if parts[best].tier is not Tier.SSD:
-                    return self._probe_dram(now, ends[best], parts[best], loads[best], whole)
-                probe = self._probe_ssd(now, ends[best], parts[best], whole)
+            elif whole >= USUAL * self._usual_s[part.tier] and self._may_probe_tier(now, part.tier, suspect is not None):
+                end = self._note_probe(now, ends[best], part, total)
+                if part.tier is Tier.DRAM:  # which needs a request
+                    patience_s = max(SHORTEST_S, PROBE_LOSS * whole) + 2 * loads[best]
+                    return Decision(end, Kind.PART, Why.PROBE, None, patience_s)
+                probe, self._is_probing = Probe(ends[best], end, max(SHORTEST_S, whole)), True
         else:
             self._probing.pop(Prefill.size(rest), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
@@ -268,24 +267,20 @@ class Estimates:
             return False
         return load_s + self.prefill.least(rest, parts[-1].end) < best_s
 
-    def _probe_ssd(self, now: float, begin: int, part: Part, whole_s: float) -> Probe | None:
-        """Reads a little of an SSD that is too slow, beside computing, so nobody waits for it. One at a time."""
-        if self._is_probing:
-            return None
-        self._is_probing = True
-        return Probe(begin, self._note_probe(now, begin, part, whole_s), max(SHORTEST_S, whole_s))
+    def _may_probe_tier(self, now: float, tier: Tier, at_once: bool) -> bool:
+        """`at_once`: what is known of the tier speaks for loading from it, but that its latest load was given up."""
+        if not at_once:
+            return not self._is_probing and self._may_probe(now, tier)
+        probing = self._probing.get(tier)
+        return tier is Tier.DRAM or not self._is_probing and (probing is None or now >= probing.next_at)
 
-    def _note_probe(self, now: float, begin: int, part: Part, whole_s: float) -> int:
-        """Where it ends."""
+    def _note_probe(self, now: float, begin: int, part: Part, total: int) -> int:
+        """Where it ends. Not of prompts that take less than usual to compute: a probe is much beside that, and a small load says
+        little of large ones."""
         probing = self._probing.setdefault(part.tier, Probing(now))
-        probing.whole_s, probing.whole_bytes = whole_s, part.nbytes
+        rest_s = self.recompute_s(total, part.end) or 0.0
+        probing.whole_bytes, probing.saved_s = part.nbytes, max(0.0, (self.recompute_s(total, begin) or 0.0) - rest_s)
         return begin + max(1, (part.end - begin) // probing.share)
-
-    def _probe_dram(self, now: float, begin: int, part: Part, load_s: float, whole_s: float) -> Decision:
-        """Loads a little of DRAM that is too slow, which needs a request. `load_s`: for what comes before it. Only of prompts that
-        take as long to compute as the usual one or longer: beside that a probe is little."""
-        end = self._note_probe(now, begin, part, whole_s)
-        return Decision(end, Kind.PART, Why.PROBE, None, max(SHORTEST_S, PROBE_LOSS * whole_s) + 2 * load_s)
 
     def _learn(self, now: float, computed: int, parts: Sequence[Part], load_s: float) -> Decision:
         """Loads, while nothing is known of computing. But if it is known that loading takes long, recomputing once tells
@@ -336,7 +331,7 @@ class Estimates:
         probing, nbytes = self._probing.get(slowest), loading.queued[slowest]
         if arrived:
             # What a probe took for each byte, taken for all that it was part of, is no more than computing that: then all is well.
-            well = probing is None or seconds * probing.whole_bytes <= probing.whole_s * nbytes
+            well = probing is None or seconds * probing.whole_bytes <= probing.saved_s * nbytes
             self._settle_patience(slowest, well)
             if not for_probe:
                 self._judge_probes(now, loading, seconds, slowest)
@@ -345,8 +340,8 @@ class Estimates:
             if probing is not None and not for_probe and loading.begun >= probing.since:
                 probing.wait(now)
             # A probe is given up soon, which must not look like a load that took no longer: it stands for all it was part of.
-            whole_s, whole_bytes = (probing.whole_s, probing.whole_bytes) if probing is not None else (0.0, 0)
-            seconds, nbytes = GIVEN_UP * max(seconds, whole_s), max(nbytes, whole_bytes)
+            saved_s, whole_bytes = (probing.saved_s, probing.whole_bytes) if probing is not None else (0.0, 0)
+            seconds, nbytes = GIVEN_UP * max(seconds, saved_s), max(nbytes, whole_bytes)
         self._settle_probe(now, probing, seconds)
         self._load[slowest].observe(seconds, nbytes, 1.0)
         return slowest
@@ -358,7 +353,7 @@ class Estimates:
         if probing is None or not probing.whole_bytes or Tier.SSD not in loading.queued:
             return
         least_bytes = loading.queued[Tier.SSD] if slowest is Tier.SSD else probing.whole_bytes
-        if seconds * probing.whole_bytes <= probing.whole_s * least_bytes:
+        if seconds * probing.whole_bytes <= probing.saved_s * least_bytes:
             del self._probing[Tier.SSD]
         elif slowest is Tier.SSD:
             probing.wait(now)
@@ -382,7 +377,7 @@ class Estimates:
             self._patience[tier] = max(PATIENCE, PATIENCE_FADES * self._patience[tier])
 
     def _settle_probe(self, now: float, probing: Probing | None, seconds: float) -> None:
-        if probing is not None and PROBE_GROWS * seconds < probing.whole_s:
+        if probing is not None and PROBE_GROWS * seconds < probing.saved_s:
             if probing.share > 1:
                 probing.next_at = now
             probing.share = max(1, probing.share // PROBE_GROWS)
