@@ -262,9 +262,12 @@ class Estimates:
         return Decision(ends[best], kind, Why.FASTER, loads[best], patience_s, probe)
 
     def _doubts(self, rest: int, parts: Sequence[Part], load_s: float, best_s: float) -> bool:
-        """Only what was seen of computing the rest speaks against loading all parts, not that a tier is or may be slow."""
-        if any(part.tier in self._suspects or part.tier in self._probing for part in parts):
-            return False
+        """Only what was seen of computing the rest speaks against loading all parts, not that a tier is or may be slow: small
+        probes that were fast do not say that it is not."""
+        for tier in {part.tier for part in parts}:
+            probing = self._probing.get(tier)
+            if tier in self._suspects or probing is not None and probing.share > 1:
+                return False
         return load_s + self.prefill.least(rest, parts[-1].end) < best_s
 
     def _may_probe_tier(self, now: float, tier: Tier, at_once: bool) -> bool:
@@ -278,7 +281,8 @@ class Estimates:
         """Where it ends. Not of prompts that take less than usual to compute: a probe is much beside that, and a small load says
         little of large ones."""
         probing = self._probing.setdefault(part.tier, Probing(now))
-        rest_s = self.recompute_s(total, part.end) or 0.0
+        rest = max(1, total - part.end)
+        rest_s = min(self.prefill.seconds(rest, part.end) or 0.0, self.prefill.least(rest, part.end) or np.inf)
         probing.whole_bytes, probing.saved_s = part.nbytes, max(0.0, (self.recompute_s(total, begin) or 0.0) - rest_s)
         return begin + max(1, (part.end - begin) // probing.share)
 

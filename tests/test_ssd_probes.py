@@ -101,3 +101,19 @@ def test_a_drive_of_which_short_prompts_load_is_probed_beside_them_though_long_o
         world.request(long, 4000)
         kinds.append(world.request(ssd(500), 500)[0].kind)
     assert kinds[-1] is Kind.LOAD
+
+
+@pytest.mark.parametrize("seen", [[5.0], [3.0, 3.0], [10.0] * 3])
+def test_a_drive_that_is_well_again_is_loaded_from_though_last_tokens_took_long_meanwhile(seen):
+    """On a busy machine, say. They are computed after loads only, so nothing else would tell that they do not."""
+    world = taught()
+    world.rate[Tier.SSD] /= 100
+    world.request(ssd(4000), 4000)
+    for seconds in seen:
+        world.now += seconds
+        world.estimates.end_prefill(seconds, 1, 3999)
+    slow = [world.request(ssd(4000), 4000) for _ in range(200)]
+    assert sum(seconds for _, seconds in slow) <= 1.01 * 200 * world.prefill_s(4000, 0)
+    world.rate[Tier.SSD] *= 100
+    world.now += 1000.0
+    assert [world.request(ssd(4000), 4000)[0].kind for _ in range(40)][-1] is Kind.LOAD
