@@ -189,7 +189,7 @@ def test_a_postscript_that_does_not_end_leaves_requests_in_flight_and_the_cache_
 def test_a_stop_waits_drains_and_flushes_before_the_kill():
     found = rendered(shutdown=tree(preStopSeconds=20, drainSeconds=50))
     assert found.container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "20"]
-    assert follows(found.command, "--shutdown-timeout") == "50"
+    assert follows(found.command, "--shutdown-timeout") == "55", "vLLM gives it to requests and the end of its engine together"
     assert found.pod["terminationGracePeriodSeconds"] == 20 + 50 + 5 + 10
     assert VALUES["shutdown"]["flushSeconds"]["minimum"] > CLOSE_SECONDS, "what the store takes to drain its journal"
     assert rendered(shutdown__gracePeriodSeconds=300).pod["terminationGracePeriodSeconds"] == 300

@@ -323,6 +323,12 @@ def test_a_list_of_paths_in_another_order_or_number(tmp_path: Path) -> None:
         write_blocks(store, range(6))
     with open_store([paths[1], paths[0]]) as store:
         assert len(store.table()) == 6
+    for other in (paths[1:2], paths):  # a drive is gone for good; others came
+        with open_store(other, resume_kv_cache=False) as store:
+            assert list(store.table()) == []
+            write_blocks(store, range(6))
+        with open_store(other) as store:
+            assert len(store.table()) == 6
 
 
 def test_a_path_that_moved_is_the_same_cache(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@
 {{- $words = concat $words (list "--port" (include "kvo.number" $args.port)) -}}
 {{- $words = concat $words (list "--gpu-memory-utilization" (toString $args.gpuMemoryUtilization)) -}}
 {{- $words = concat $words (list "--tensor-parallel-size" (include "kvo.number" $args.tensorParallelSize)) -}}
-{{- $words = concat $words (list "--shutdown-timeout" (include "kvo.number" .Values.shutdown.drainSeconds)) -}}
+{{- $words = concat $words (list "--shutdown-timeout" (include "kvo.number" (add .Values.shutdown.drainSeconds .Values.shutdown.flushSeconds))) -}}
 {{- with $args.maxModelLen }}{{ $words = concat $words (list "--max-model-len" (include "kvo.number" .)) }}{{ end -}}
 {{- range $name, $flag := dict "enableChunkedPrefill" "enable-chunked-prefill" "enablePrefixCaching" "enable-prefix-caching" -}}
 {{- $value := get $args $name -}}
