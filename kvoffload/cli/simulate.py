@@ -49,8 +49,10 @@ def simulate(
     for size in (dram_gb, ssd_gb, ssd_write_gb_per_day or 0):
         if not 0 <= size <= GB_MAX:
             raise UserError(f"{size:g} GB is no size of a tier or a budget; give 0 to {GB_MAX:g}")
-    if kv_bytes_per_token < 1 or (limit is not None and limit < 1):
-        raise UserError("--kv-bytes-per-token and --limit count something; give 1 or more")
+    if ssd_write_gb_per_day == 0:
+        raise UserError("--ssd-write-gb-per-day 0 writes nothing; give more, or leave --ssd-gb out")
+    if not 1 <= kv_bytes_per_token <= GB or (limit is not None and limit < 1):
+        raise UserError(f"--kv-bytes-per-token and --limit count something; give 1 or more, and at most {GB} bytes")
     if policy not in POLICIES:
         raise UserError(f"there is no policy {policy!r}; take one of {', '.join(POLICIES)}")
     if plot and not sweep:
@@ -68,7 +70,8 @@ def simulate(
         if plot:
             draw(rates, sizes, plot)
         return
-    dram_slots, ssd_slots = int(dram_gb * GB // block_bytes), int(ssd_gb * GB // block_bytes)
+    # More than there are blocks is as good as that many.
+    dram_slots, ssd_slots = (min(requests.blocks, int(size * GB // block_bytes)) for size in (dram_gb, ssd_gb))
     if not dram_slots and not ssd_slots:
         raise UserError(f"no tier holds a block of {block_bytes / 1e6:g} MB; give --dram-gb or --ssd-gb more")
     budget = None if ssd_write_gb_per_day is None else ssd_write_gb_per_day * GB / block_bytes

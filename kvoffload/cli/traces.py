@@ -11,6 +11,7 @@ from kvoffload.errors import UserError
 from kvoffload.types import BlockKey
 
 MOONCAKE_TOKENS = 512  # in a block of the traces published with Mooncake
+TIME_MAX = 1e15
 BAILIAN_TOKENS = 16  # in one of those that Alibaba's Bailian (qwen-bailian) publishes; their requests name a chat
 
 
@@ -31,8 +32,9 @@ class Trace(NamedTuple):
 
 def read(file: Path, limit: int | None = None) -> Trace:
     """JSON lines of either kind, told apart by `chat_id`; the first `limit` requests. Mooncake's timestamps are milliseconds,
-    Bailian's seconds."""
-    keys: dict[int, BlockKey] = {}
+    Bailian's seconds. A number is taken for a block together with those before it, as vLLM's hashes are of all tokens up to the
+    block's end, whether or not the trace's numbers are."""
+    keys: dict[tuple[BlockKey, int], BlockKey] = {}  # by the block before, and the number
     requests, seconds = [], []
     block_tokens, ticks = MOONCAKE_TOKENS, 1e-3
     for number, row in islice(_rows(file), limit):
@@ -42,19 +44,24 @@ def read(file: Path, limit: int | None = None) -> Trace:
         if "chat_id" in row:
             block_tokens, ticks = BAILIAN_TOKENS, 1.0
         came = row.get("timestamp", 0)
-        if isinstance(came, bool) or not isinstance(came, int | float):
-            raise UserError(f"{file}, line {number}: timestamp {came!r} is no number; give a Mooncake or Bailian trace")
-        ids = list(dict.fromkeys(ids))
-        requests.append([keys.setdefault(block, key_of(block)) for block in ids])
+        if isinstance(came, bool) or not isinstance(came, int | float) or not abs(came) < TIME_MAX:
+            raise UserError(f"{file}, line {number}: timestamp {came!r:.40} is no time; give a Mooncake or Bailian trace")
+        requests.append(_chain(keys, ids))
         seconds.append(came * ticks)
-    if not requests:
-        raise UserError(f"{file} holds no requests; give a trace in JSON lines")
+    if not any(requests):
+        raise UserError(f"{file} holds no requests with blocks; give a trace in JSON lines")
     return Trace(requests, seconds, block_tokens)
 
 
-def key_of(block: int) -> BlockKey:
-    """As evenly spread as vLLM's, which are hashes."""
-    return blake2b(str(block).encode(), digest_size=16).digest()
+def _chain(keys: dict[tuple[BlockKey, int], BlockKey], ids: list[int]) -> list[BlockKey]:
+    chain, before = [], b""
+    for block in ids:
+        key = keys.get((before, block))
+        if key is None:
+            key = keys[before, block] = blake2b(before + str(block).encode(), digest_size=16).digest()
+        chain.append(key)
+        before = key
+    return chain
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict]]:
@@ -70,8 +77,8 @@ def _rows(file: Path) -> Iterator[tuple[int, dict]]:
 def _row(file: Path, number: int, line: str) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {number} is not JSON ({error.msg}); give a trace in JSON lines") from error
+    except (ValueError, RecursionError) as error:  # of numbers of thousands of digits, and of thousands of brackets
+        raise UserError(f"{file}, line {number} is not JSON ({error}); give a trace in JSON lines") from error
     if not isinstance(row, dict):
         raise UserError(f"{file}, line {number} is not a request; give a Mooncake or Bailian trace")
     return row

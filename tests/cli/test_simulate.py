@@ -10,11 +10,15 @@ import pytest
 
 from kvoffload.cli.clairvoyant import clairvoyant_hits
 from kvoffload.cli.replay import Replay
-from kvoffload.cli.traces import key_of, read
+from kvoffload.cli.traces import read
 from kvoffload.policy import POLICIES
 from tests.patience import PATIENCE_S
 
 CHATS = [[0, 1, 2], [0, 1, 2, 3], [4], [0, 1, 2, 3, 5], [4, 6], [0, 7]]
+
+
+def key_of(block):
+    return f"{block:016}".encode()
 
 
 def mooncake(path, requests=CHATS):
@@ -118,6 +122,19 @@ def test_both_kinds_of_trace_are_read(tmp_path):
     assert len(read(mooncake(tmp_path / "a"), 2).requests) == 2
 
 
+def test_a_number_is_another_block_behind_other_ones_whether_or_not_the_trace_says_so(tmp_path):
+    """vLLM's hashes are of all tokens up to a block's end. A bound that went by numbers alone ended in an IndexError."""
+    trace = read(mooncake(tmp_path / "a", [[9, 1], [9], [1], [9, 1], [2, 2]]))
+    first, second, third, fourth, fifth = trace.requests
+    assert first == fourth and first[:1] == second and third[0] != first[1] and fifth[0] != fifth[1]
+    assert trace.blocks == 5
+    assert clairvoyant_hits(trace.requests, 2) == 3
+
+
+def test_tiers_far_larger_than_a_trace_are_as_good_as_large_enough_ones(tmp_path):
+    assert figure("of these hit", "--trace", mooncake(tmp_path / "a"), "--ssd-gb", 1e9).startswith("4,608 ")
+
+
 def test_the_command_reports_hits_and_writes(tmp_path):
     done = kvoffload("--trace", bailian(tmp_path / "b"), "--ssd-gb", 1)
     assert done.returncode == 0, done.stderr
@@ -180,7 +197,13 @@ def test_a_sweep_draws_its_curves(tmp_path):
         ('{"hash_ids": [1]}', [], "give --dram-gb or --ssd-gb"),
         ('{"hash_ids": [1]}', ["--policy", "best"], "take one of"),
         ('{"hash_ids": [1]}', ["--dram-gb", 1, "--ssd-write-gb-per-day", 1], "give --ssd-gb"),
-        ('{"hash_ids": [1], "timestamp": "noon"}', ["--ssd-gb", 1], "timestamp 'noon' is no number"),
+        ('{"hash_ids": [1], "timestamp": "noon"}', ["--ssd-gb", 1], "timestamp 'noon' is no time"),
+        ('{"hash_ids": [1], "timestamp": 1' + "0" * 400 + "}", ["--ssd-gb", 1], "is no time"),
+        ('{"hash_ids": [1' + "0" * 5000 + "]}", ["--ssd-gb", 1], "line 1 is not JSON"),
+        ("[" * 100_000, ["--ssd-gb", 1], "line 1 is not JSON"),
+        ('{"hash_ids": []}', ["--sweep"], "no requests with blocks"),
+        ('{"hash_ids": [1]}', ["--ssd-gb", 1, "--ssd-write-gb-per-day", "0"], "writes nothing"),
+        ('{"hash_ids": [1]}', ["--ssd-gb", 1, "--kv-bytes-per-token", "1" + "0" * 400], "at most"),
         ('{"hash_ids": [1]}', ["--dram-gb", "inf"], "no size of a tier"),
         ('{"hash_ids": [1]}', ["--ssd-gb", "nan"], "no size of a tier"),
         ('{"hash_ids": [1]}', ["--ssd-gb", 1, "--ssd-write-gb-per-day", "-1"], "no size of a tier"),
