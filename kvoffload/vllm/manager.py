@@ -21,7 +21,6 @@ from vllm.v1.kv_offload.base import (
     PrepareStoreOutput,
     ReqContext,
     RequestOffloadingContext,
-    ScheduleEndContext,
     get_offload_group_idx,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
@@ -259,6 +258,8 @@ class ManagerAdapter(OffloadingManager):
         self._decisions.count(request, self._notes(self._contexts[request.request_id]).loads)
 
     def note_step(self, step: "SchedulerOutput") -> None:
+        """The step's lookups and loads are done, its stores begin: vLLM 0.33 says so itself only after them."""
+        self._core.end_step()
         self._decisions.begin_step(step)
 
     def note_end(self, request: "Request") -> None:
@@ -342,9 +343,6 @@ class ManagerAdapter(OffloadingManager):
         own = self._notes(req_context).own_positions(req_context)
         self._core.touch(sorted(own, key=own.__getitem__), req_context.req_id)
         self._contexts.pop(req_context.req_id, None)
-
-    def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        self._core.end_step()
 
     def has_pending_work(self) -> bool:
         return self._core.pending() or bool(self._attach)

@@ -10,7 +10,7 @@ from vllm.v1.kv_offload.base import Medium, TierFilter, TierMatcher
 from kvoffload.estimates import CONVINCED, PATIENCE_MIN_S, Probe
 from kvoffload.types import Tier, TransferReport
 from kvoffload.vllm import contract, decisions
-from tests.rim.test_manager import GROUPS, PAYLOAD, adapter, end_step, hits, request, store
+from tests.rim.test_manager import GROUPS, PAYLOAD, adapter, end_step, hits, request, step, store
 
 BLOCKS, TOKENS = 10, 320
 
@@ -32,17 +32,6 @@ def clock(monkeypatch) -> Clock:
 def ask(name: str = "r", **params) -> SimpleNamespace:
     return SimpleNamespace(
         request_id=name, num_tokens=TOKENS, num_prompt_tokens=TOKENS, num_output_tokens=1, kv_transfer_params=params or None
-    )
-
-
-def step(new=(), cached=None, preempted=None) -> SimpleNamespace:
-    return SimpleNamespace(
-        scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, prompt_token_ids=[0] * tokens, num_computed_tokens=context)
-            for name, tokens, context in new
-        ],
-        scheduled_cached_reqs=cached or CachedRequestData.make_empty(),
-        preempted_req_ids=preempted,
     )
 
 

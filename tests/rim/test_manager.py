@@ -17,7 +17,6 @@ from vllm.v1.kv_offload.base import (
     Medium,
     OffloadPolicy,
     ReqContext,
-    ScheduleEndContext,
     TierFilter,
     TierMatcher,
     make_offload_key,
@@ -76,8 +75,19 @@ def request(manager: ManagerAdapter, name: str, blocks: int, groups=GROUPS[:1], 
     return context, keys
 
 
+def step(new=(), cached=None, preempted=None) -> SimpleNamespace:
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, prompt_token_ids=[0] * tokens, num_computed_tokens=context)
+            for name, tokens, context in new
+        ],
+        scheduled_cached_reqs=cached or CachedRequestData.make_empty(),
+        preempted_req_ids=preempted,
+    )
+
+
 def end_step(manager: ManagerAdapter):
-    manager.on_schedule_end(ScheduleEndContext((), ()))
+    manager.note_step(step())
     return manager.take_plan()
 
 
@@ -458,3 +468,16 @@ def test_the_connector_names_what_a_step_overwrites_if_the_model_runner_does_so_
     for job in jobs:
         manager.complete_store([key for key in keys if key in job[min(job)].dst_spec.keys], context)
     assert hits(manager, context, keys) == [not second_runner, True, True, not second_runner]
+
+
+def test_what_a_waiting_request_looked_up_does_not_keep_others_from_storing_in_the_same_step():
+    """vLLM 0.33 makes a step's stores before it says that the step ends."""
+    manager = adapter(dram_slots=8)
+    context, keys = request(manager, "waits", 8)
+    store(manager, context, keys)
+    manager.on_request_finished(context)
+    waiting, _ = request(manager, "waits too", 8)
+    assert hits(manager, waiting, keys) == [True] * 8
+    other, others = request(manager, "runs", 4, prompt=b"q")
+    manager.note_step(step())
+    assert store(manager, other, others) == others
