@@ -95,6 +95,9 @@ class Demotions:
         block.demotion = None
         return block, self._errors.pop(number, 0)
 
+    def block(self, number: int) -> Block:
+        return self._blocks[number]
+
     def blocks(self) -> Iterable[Block]:
         return self._blocks.values()
 
@@ -114,3 +117,26 @@ class Journal(Protocol):
     def clear(self) -> None: ...
 
     def next_generation(self) -> int: ...
+
+
+class NoJournal:
+    """Without an SSD tier nothing is remembered."""
+
+    def __init__(self) -> None:
+        self._generation = 0
+
+    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None:
+        return
+
+    def delete(self, key: BlockKey, slot: int) -> None:
+        return
+
+    def touch(self, blocks: Sequence[tuple[BlockKey, int]]) -> None:
+        return
+
+    def clear(self) -> None:
+        return
+
+    def next_generation(self) -> int:
+        self._generation += 1
+        return self._generation

@@ -9,7 +9,7 @@ writes either, since what it holds cannot be had.
 import errno
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvoffload.blocks import Block
 from kvoffload.breaker import PAUSE_MIN_S, Breaker, BreakerState
@@ -60,10 +60,10 @@ class Drive:
         """A free slot. On a full drive one that held a block before: it has room for these, and younger blocks are worth it."""
         return self.pool.take(used_before=self._clock() < self.full_until)
 
-    def victim(self, promised: Container[int]) -> int | None:
-        """The slot of the next block to evict, but none of `promised`."""
+    def victim(self, spared: Callable[[int], bool]) -> int | None:
+        """The slot of the next block to evict, but none that is spared."""
         slots = self.slots
-        frame = self.policy.victim(lambda frame: slots[frame] in promised)
+        frame = self.policy.victim(lambda frame: spared(slots[frame]))
         return None if frame is None else slots[frame]
 
     def may_read(self, key: BlockKey) -> bool:

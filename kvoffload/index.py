@@ -3,7 +3,7 @@
 It knows blocks and slots; what is in flight, and why, is the block manager's affair.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Container, Sequence
 
 import numpy as np
@@ -37,7 +37,8 @@ class Index:
         self._ghosts = ghosts  # what becomes of those forgotten; None: nobody asks
         self.blocks: dict[BlockKey, Block] = {}  # in DRAM or in use; the others are cold: on SSD only, and have no object
         self.on_ssd = SsdRows(ssd_slots)
-        self.dirty: dict[BlockKey, Block] = {}  # to be demoted, in the order they were stored
+        # To be demoted, in the order they were stored. (A dict finds its first key slowly once many before it left.)
+        self.dirty: OrderedDict[BlockKey, Block] = OrderedDict()
         self.promised_dram: set[int] = set()  # slots promised by lookups of this step: their blocks are not evicted
         self.promised_ssd: set[int] = set()
         self.dram = SlotPool(range(dram_slots))
@@ -226,20 +227,29 @@ class Index:
             self._make_cold(block)
         return slot
 
-    def take_ssd_slot(self, drives: Sequence[Drive]) -> int:
+    def take_ssd_slot(self, drives: Sequence[Drive], block: Block) -> int:
         """A free slot of the first of `drives` that has one, else one of theirs by eviction; NO_SLOT if everything there is in
-        use or promised."""
+        use, promised, or before the block in its own request: a prefix must not lose its head to its tail."""
+
+        def spared(slot: int) -> bool:
+            return slot in self.promised_ssd or self._is_before(slot, block)
+
         for drive in drives:
             slot = drive.take_slot()
             if slot is not None:
                 return slot
         for drive in drives:
-            slot = drive.victim(self.promised_ssd)
+            slot = drive.victim(spared)
             if slot is not None:
                 self._evict_from_ssd(slot)
                 return slot
         # A full drive that has nothing of ours to give up may have room by now.
         return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
+
+    def _is_before(self, slot: int, block: Block) -> bool:
+        other = self.blocks.get(self.on_ssd.key(slot))
+        user, depth = (other.user, other.depth) if other is not None else self.on_ssd.place(slot)
+        return user == block.user and depth < block.depth
 
     def _evict_from_ssd(self, slot: int) -> None:
         key = self.on_ssd.key(slot)

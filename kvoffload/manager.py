@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from kvoffload.admission import Admission, AdmitAll
 from kvoffload.blocks import ABSENT, MOVING_IN, READY, Block, Demotions, Journal, Placement, Stored
+from kvoffload.blocks import NoJournal as NoJournal  # for those above this layer
 from kvoffload.books import verify
 from kvoffload.breaker import BreakerState
 from kvoffload.drives import Drive, Drives
@@ -31,29 +32,6 @@ logger = logging.getLogger(__name__)
 DEMOTIONS_MAX = 512  # in flight at once: acknowledgements come a few steps later, and the drive must not wait for them
 DRAM, SSD = Tier  # see State
 NOTHING: Mapping[BlockKey, int] = MappingProxyType({})
-
-
-class NoJournal:
-    """Without an SSD tier nothing is remembered."""
-
-    def __init__(self) -> None:
-        self._generation = 0
-
-    def put(self, key: BlockKey, slot: int, generation: int, group: int) -> None:
-        return
-
-    def delete(self, key: BlockKey, slot: int) -> None:
-        return
-
-    def touch(self, blocks: Sequence[tuple[BlockKey, int]]) -> None:
-        return
-
-    def clear(self) -> None:
-        return
-
-    def next_generation(self) -> int:
-        self._generation += 1
-        return self._generation
 
 
 class BlockManager:
@@ -354,21 +332,44 @@ class BlockManager:
     def plan(self) -> list[Demotion]:
         """Demotions to start now, so that DRAM slots are clean before they are needed."""
         demotions = [] if self._drives.all_well else self._plan_trials()
+        stuck: set[str] = set()  # requests of which only their own heads could make room for more
         while self._index.dirty:
-            slot = self._index.take_ssd_slot(self._drives.to_write())
-            if slot == NO_SLOT:
+            block = next(iter(self._index.dirty.values()))
+            drives = self._drives.to_write()
+            slot = self._index.take_ssd_slot(drives, block) if block.user not in stuck else NO_SLOT
+            if slot == NO_SLOT and block.user not in stuck and not self._is_all_its_own(drives):
                 break
-            block = self._index.dirty.pop(next(iter(self._index.dirty)))
+            del self._index.dirty[block.key]
             block.dirty = False
-            demotions.append(self._demote(block, slot))
+            if slot != NO_SLOT:
+                demotions.append(self._demote(block, slot))
+            else:
+                stuck.add(block.user)
+                self._leave_off(block)
+        for demotion in reversed(demotions):  # as policies are promised, and some go by it: a head is the last to leave
+            block = self._demotions.block(demotion.id)
+            if not block.gone:
+                policy, frame = self._drives.frame(block.ssd_slot)
+                policy.enter(frame, block.key, block.used, block.depth)
         return demotions
+
+    def _is_all_its_own(self, drives: Sequence[Drive]) -> bool:
+        """Whether a block that found no room would have found some but for what comes before it in its request."""
+        return any(drive.victim(self._index.promised_ssd.__contains__) is not None for drive in drives)
+
+    def _leave_off(self, block: Block) -> None:
+        """Of a prompt that is longer than the tier, say: without its head it could not be loaded."""
+        self.counters["kvoffload_refused_admissions_total", "own_head"] += 1
+        if not self.dram_is_tier:
+            self._index.forget(block)
+        self._index.settle(block)
 
     def _plan_trials(self) -> list[Demotion]:
         demotions = []
         for drive in self._drives.to_write():
             affordable = self._admission.affords(len(self._index.dirty))
             block = drive.next_trial() if affordable else None
-            slot = self._index.take_ssd_slot([drive]) if block is not None else NO_SLOT
+            slot = self._index.take_ssd_slot([drive], block) if block is not None else NO_SLOT
             if block is not None and slot != NO_SLOT:
                 demotions.append(self._demote(block, slot))
         return demotions
@@ -380,9 +381,6 @@ class BlockManager:
         drive = self._drives.of(slot)
         self._drives.begin_demotion(drive)
         block.late_before = drive.late_loads
-        if not block.gone:
-            policy, frame = self._drives.frame(slot)
-            policy.enter(frame, block.key, block.used, block.depth)
         self._index.settle(block)
         return Demotion(number, block.key, block.group, block.generation, block.dram_slot, slot)
 

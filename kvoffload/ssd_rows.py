@@ -66,6 +66,10 @@ class SsdRows:
             self._uses[slot] += 1
         return again
 
+    def place(self, slot: int) -> tuple[str, int]:
+        """The request that used the block there last, and how far behind it is in that. REQUIRES: see `use`."""
+        return self._user[slot], self._depth[slot]
+
     def uses(self, slot: int) -> int:
         return self._uses[slot]
 

@@ -2,6 +2,7 @@
 
 from kvoffload.admission import Admission, AdmitAll, Budget
 from kvoffload.manager import BlockManager
+from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.types import Tier
 from tests.manager.world import BLOCK_BYTES, MemoryJournal
 
@@ -15,7 +16,8 @@ class Books:
 
     `budget`: of the SSD, in blocks per day; 0: none."""
 
-    def __init__(self, dram: int, ssd: int, ranks: int = 1, tier: bool = True, drives: int = 1, policy=None, budget: int = 0):
+    def __init__(self, dram: int, ssd: int, ranks: int = 1, tier: bool = True, drives: int = 1, policy=None, budget: int = 0,
+                 eviction: str = DEFAULT):  # fmt: skip
         self.now = 0.0
         self.journal = MemoryJournal()
         names = [str(drive) for drive in range(drives)]
@@ -23,7 +25,7 @@ class Books:
         self.admission = Admission(policy or AdmitAll(), spent, 4 * (dram + ssd))
         self.manager = BlockManager(
             dram, ssd, ranks, self.journal, block_bytes=BLOCK_BYTES, dram_is_tier=tier, drives=names,
-            admission=self.admission, clock=lambda: self.now,
+            admission=self.admission, clock=lambda: self.now, policy=POLICIES[eviction],
         )  # fmt: skip
 
     def store(self, blocks: list[bytes], owner: str = "w") -> list[bytes]:

@@ -3,6 +3,7 @@ import errno
 import pytest
 
 from kvoffload.breaker import PAUSE_MIN_S
+from kvoffload.policy import POLICIES
 from kvoffload.types import NO_SLOT, Tier
 from tests.manager.books import Books, places, prefix
 
@@ -292,7 +293,7 @@ def test_a_block_the_ssd_lost_to_a_younger_one_is_not_written_again():
     books = Books(dram=8, ssd=4)
     books.store(prefix("a", 4))
     books.demote()
-    books.store(prefix("b", 4))
+    books.store(prefix("b", 4), "another")
     assert books.demote() == prefix("b", 4)
     assert books.demote() == []
     assert books.tiers(prefix("a", 4)) == [Tier.DRAM] * 4
@@ -352,3 +353,41 @@ def test_a_reset_keeps_the_memory_that_a_load_may_still_fill_until_the_drive_ans
     books.demote()  # answered
     books.store([b"f"])
     assert books.tiers([b"d", b"f"]) == [Tier.DRAM, Tier.DRAM]
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+@pytest.mark.parametrize(("dram", "ssd"), [(0, 4), (4, 0)])
+def test_under_every_policy_a_prefix_loses_its_tail_before_its_head(eviction, dram, ssd):
+    books = Books(dram or 8, ssd, tier=dram > 0, eviction=eviction)
+    for name, length in (("a", 4), ("b", 1)):
+        books.store(prefix(name, length))
+        books.demote()
+    assert [tier is not None for tier in books.tiers(prefix("a", 4))] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+def test_a_prompt_longer_than_the_ssd_keeps_its_head_there_and_writes_no_more(eviction):
+    books = Books(dram=4, ssd=5, tier=False, eviction=eviction)
+    blocks = prefix("a", 12)
+    for _ in range(3):
+        rest = [key for key in blocks if books.manager.tier(key) is None]
+        while rest:
+            stored = books.manager.store([(key, 0) for key in rest], "w", own=places(blocks))
+            books.manager.store_done([place.key for place in stored.placements])
+            books.demote()
+            rest = rest[len(stored.placements) :]
+        assert books.tiers(blocks) == [Tier.SSD] * 5 + [None] * 7
+    assert books.manager.counters["kvoffload_demotions_total",] == 5
+    assert not books.manager.pending()
+    books.store(prefix("b", 2), "another")
+    assert books.demote() == prefix("b", 2), "what another request wants is another matter"
+
+
+def test_blocks_that_wait_behind_one_that_only_its_own_head_could_make_room_for_are_written():
+    books = Books(dram=12, ssd=4)
+    books.store(prefix("a", 6), "a")
+    books.store(prefix("b", 2), "b")
+    books.demote()
+    assert books.demote() == prefix("b", 2)
+    assert [Tier.SSD in books.manager.tiers(key) for key in prefix("a", 6)] == [True, True, False, False, False, False]
+    assert books.manager.counters["kvoffload_refused_admissions_total", "own_head"] == 2

@@ -6,6 +6,7 @@ import pytest
 
 from kvoffload.breaker import BreakerState
 from kvoffload.manager import BlockManager
+from kvoffload.policy import POLICIES
 from kvoffload.table import BlockTable, Entry
 from kvoffload.types import Tier
 from tests.manager.world import BLOCK_BYTES, Mood, World
@@ -28,9 +29,10 @@ def seed(request):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("fault_rate", [0.0, 0.1])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_load_delivers_the_bytes_that_were_stored(seed, shape, ranks, fault_rate):
-    world = World(seed, ranks, fault_rate=fault_rate, **shape)
+def test_every_load_delivers_the_bytes_that_were_stored(seed, shape, eviction, ranks, fault_rate):
+    world = World(seed, ranks, fault_rate=fault_rate, eviction=eviction, **shape)
     world.live(STEPS, until=lambda: world.delivered > 5 and (world.failed_loads > 0 or not fault_rate))
     assert bool(world.failed_loads) == bool(fault_rate)
     world.drain()
@@ -40,9 +42,10 @@ def test_every_load_delivers_the_bytes_that_were_stored(seed, shape, ranks, faul
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("fault_rate", [0.0, 0.02])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
-def test_drives_that_fail_stall_fill_up_lose_writes_and_come_back_cost_no_wrong_byte(seed, shape, ranks, fault_rate):
-    world = World(seed, ranks, drives=3, backlog=20, fault_rate=fault_rate, **shape)
+def test_drives_that_fail_stall_fill_up_lose_writes_and_come_back_cost_no_wrong_byte(seed, shape, eviction, ranks, fault_rate):
+    world = World(seed, ranks, drives=3, backlog=20, fault_rate=fault_rate, eviction=eviction, **shape)
     numbers = itertools.count()
 
     def step() -> None:

@@ -14,6 +14,7 @@ from enum import Enum
 from kvoffload.admission import Admission, AdmissionPolicy, AdmitAll, Budget
 from kvoffload.blocks import Placement
 from kvoffload.manager import BlockManager
+from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.types import LATE, NO_SLOT, BlockKey, Demotion, add_errors
 
 BLOCK_BYTES = 1 << 20
@@ -170,7 +171,7 @@ class World:
     def __init__(
         self, seed: int, ranks: int, dram: int, ssd: int,
         *, tier: bool = True, fault_rate: float = 0.0, drives: int = 1, backlog: int | None = None,
-        policy: AdmissionPolicy | None = None, budget: float = 0.0,
+        policy: AdmissionPolicy | None = None, budget: float = 0.0, eviction: str = DEFAULT,
     ):  # fmt: skip
         self.rng = random.Random(seed)
         self.now = 0.0
@@ -181,7 +182,7 @@ class World:
         self.admission = Admission(policy or AdmitAll(), spent, 4 * (dram + ssd))
         self.manager = BlockManager(
             dram, ssd, ranks, self.journal, block_bytes=BLOCK_BYTES, dram_is_tier=tier, drives=names,
-            admission=self.admission, clock=lambda: self.now,
+            admission=self.admission, clock=lambda: self.now, policy=POLICIES[eviction],
         )  # fmt: skip
         self.moods = [Mood.WELL] * drives
         self.moody = False

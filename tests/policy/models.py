@@ -3,7 +3,8 @@
 Each is told of the same calls and says which block it would evict.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 SPARED = Callable[[bytes], bool]
 
@@ -12,6 +13,10 @@ class FIFOModel:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.queue: list[bytes] = []  # the oldest first
+
+    def recover(self, keys: Sequence[bytes], used: Sequence[int]) -> None:
+        for key, now in zip(keys, used, strict=True):
+            self.enter(key, now)
 
     def enter(self, key: bytes, used: int) -> None:
         self.queue.append(key)
@@ -179,3 +184,80 @@ class ARCModel(FIFOModel):
             del self.b1[0]
         if len(self.t1) + len(self.t2) + len(self.b1) + len(self.b2) > 2 * self.c and self.b2:
             del self.b2[0]
+
+
+class HorizonModel(FIFOModel):
+    """What the class's text says, with the numbers that it gives: no samples, for so small a tier holds fewer than those."""
+
+    half_lives = (0.25, 1.0, 4.0, 16.0, 64.0)
+    memory = 64.0
+    remembered = 3
+    round = 128
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self.there: dict[bytes, tuple[int, float, int]] = {}  # when used last, uses, level
+        self.left: list[tuple[bytes, int, float] | None] = []  # the latest last; None: it came back
+        self.shadows: list[dict[bytes, tuple[int, int]]] = [{} for _ in self.half_lives]
+        self.scores = [0.0 for _ in self.half_lives]
+        self.chosen = 1
+        self.turnover, self.began, self.uses = float(capacity), 0, 0
+
+    def recover(self, keys: Sequence[bytes], used: Sequence[int]) -> None:
+        self.there = {key: (now, 1.0, 0) for key, now in zip(keys, used, strict=True)}
+        if keys:
+            self.began = used[-1]
+            self.turnover = max(1.0, (used[-1] - used[0] + 1) * self.capacity / len(keys))
+
+    def enter(self, key: bytes, used: int) -> None:
+        known = next((each for each in self.left if each is not None and each[0] == key), None)
+        self.left = [None if each is known else each for each in self.left]
+        self.count(key, used, known and known[1:])
+
+    def use(self, key: bytes, now: int, again: bool) -> None:
+        used, uses, level = self.there[key]
+        if again:
+            self.there[key] = now, uses, level
+        else:
+            self.count(key, now, (used, uses))
+
+    def count(self, key: bytes, now: int, known: tuple[int, float] | None) -> None:
+        uses, level = 1.0, 0
+        if known is not None:
+            uses += known[1] / 2 ** ((now - known[0]) / (self.memory * self.turnover))
+            level = math.floor(2 * math.log2(uses) + 0.5)
+        self.there[key] = now, uses, level
+        for number, shadow in enumerate(self.shadows):
+            if key in shadow:
+                self.scores[number] += 1
+            elif len(shadow) == self.capacity:
+                del shadow[self.least(shadow, self.half_lives[number])]
+            shadow[key] = now, level
+        self.uses += 1
+        if self.uses == self.round:
+            self.end_round(now)
+
+    def end_round(self, now: int) -> None:
+        if now > self.began:
+            self.turnover = max(1.0, (now - self.began) * self.capacity / self.uses)
+        self.began, self.uses = now, 0
+        best = self.scores.index(max(self.scores))
+        if self.scores[best] > 1.01 * self.scores[self.chosen]:
+            self.chosen = best
+        self.scores = [0.9 * score for score in self.scores]
+
+    def least(self, blocks: dict[bytes, tuple[int, int]], half_life: float) -> bytes:
+        """Of those that weigh the same the one of the lowest level."""
+        return min(blocks, key=lambda key: (blocks[key][1] / 2 + blocks[key][0] / (half_life * self.turnover), blocks[key][1]))
+
+    def leave(self, key: bytes) -> None:
+        del self.there[key]
+
+    def victim(self, spared: SPARED) -> bytes | None:
+        may_go = {key: (used, level) for key, (used, _, level) in self.there.items() if not spared(key)}
+        return self.least(may_go, self.half_lives[self.chosen]) if may_go else None
+
+    def evicted(self, key: bytes) -> None:
+        used, uses, _ = self.there.pop(key)
+        self.left = [None if each is not None and each[0] == key else each for each in self.left]
+        self.left = [*self.left, (key, used, uses)][-self.remembered * self.capacity :]

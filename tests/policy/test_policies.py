@@ -1,5 +1,7 @@
 """Every policy against a model: in what order blocks go, and that no call finds one that may not go."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import note, settings
@@ -16,6 +18,7 @@ KEYS = [bytes([number]) * 16 for number in range(30)]
 MODELS = {
     "arc": models.ARCModel,
     "fifo": models.FIFOModel,
+    "horizon": models.HorizonModel,
     "lru": models.LRUModel,
     "s3fifo": models.S3FIFOModel,
     "sieve": models.SIEVEModel,
@@ -31,7 +34,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         note(f"policy {self.name}, {CAPACITY} blocks")
         self.policy = POLICIES[self.name](CAPACITY)
-        self.model = MODELS[self.name](CAPACITY) if self.name in MODELS else None
+        self.model = MODELS[self.name](CAPACITY)
         self.held: dict[bytes, bool] = {}  # of each block there
         self.frames: dict[bytes, int] = {}
         self.now = 0
@@ -44,12 +47,12 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=CAPACITY), order=st.permutations(range(CAPACITY)))
     def recover(self, keys, order):
-        self.policy.recover(np.array(order[: len(keys)], np.int64), np.arange(3, 3 + 4 * len(keys), 4))
+        used = range(3, 3 + 4 * len(keys), 4)
+        self.policy.recover(np.array(order[: len(keys)], np.int64), np.array(used))
+        self.model.recover(keys, used)
         for key, frame in zip(keys, order, strict=False):
             self.held[key], self.frames[key] = False, frame
-            if self.model:
-                self.model.enter(key, self.now + 3)
-            self.now += 4
+        self.now = 4 * len(keys)
 
     @rule(key=st.sampled_from(KEYS), ago=st.integers(0, 3), held=st.booleans(), choice=st.integers(0, CAPACITY))
     def enter(self, key, ago, held, choice):
@@ -64,8 +67,7 @@ class Machine(RuleBasedStateMachine):
         frame = self.frames[key] = free[choice % len(free)]
         self.policy.enter(frame, key, self.now - ago, 0)
         self.held[key] = True
-        if self.model:
-            self.model.enter(key, self.now - ago)
+        self.model.enter(key, self.now - ago)
         if not held:
             self.release(key)
 
@@ -75,8 +77,7 @@ class Machine(RuleBasedStateMachine):
             self.now += 4
             if key in self.held:
                 self.policy.use(self.frames[key], key, self.now, again)
-                if self.model:
-                    self.model.use(key, self.now, again)
+                self.model.use(key, self.now, again)
 
     @rule(frame=st.integers(0, CAPACITY - 1))
     def hold(self, frame):
@@ -96,22 +97,20 @@ class Machine(RuleBasedStateMachine):
         if frame in self.frames.values():
             key = self.key_in(frame)
             self.gone(key)
-            if self.model:
-                self.model.leave(key)
+            self.model.leave(key)
 
     @rule(spared=st.frozensets(st.sampled_from(KEYS)))
     def evict(self, spared):
         may_go = {key for key, held in self.held.items() if not held and key not in spared}
-        expected = self.model.victim(lambda key: key not in may_go) if self.model and may_go else None
+        expected = self.model.victim(lambda key: key not in may_go) if may_go else None
         frame = self.policy.victim(lambda frame: self.key_in(frame) in spared)
         assert (frame is None) == (not may_go)
         if frame is None:
             return
         key = self.key_in(frame)
         assert key in may_go
-        if self.model:
-            assert key == expected
-            self.model.evicted(key)
+        assert key == expected
+        self.model.evicted(key)
         self.policy.evict(frame, key)
         self.gone(key)
 
@@ -141,6 +140,37 @@ def test_victims_are_those_of_the_model_and_never_held_spared_or_absent(name):
 
 def nobody(frame):
     return False
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_horizon_takes_the_half_life_that_its_model_takes_as_traffic_changes(seed):
+    """Rounds are longer than a machine's life above."""
+    rng, policy, model = random.Random(seed), POLICIES["horizon"](CAPACITY), models.HorizonModel(CAPACITY)
+    frames, chosen = {}, set()
+    for now in range(1, 6000):
+        if now % 1500 == 1:  # some keys wanted again and again, or loops, or the latest ones
+            favourites = rng.sample(KEYS, rng.randint(3, 20))
+            share = rng.choice((0.2, 0.6, 0.95))
+        key = rng.choice(favourites) if rng.random() < share else now.to_bytes(16, "big")
+        if key in frames:
+            policy.use(frames[key], key, now, False)
+            model.use(key, now, False)
+        else:
+            frame = len(frames)
+            if frame == CAPACITY:
+                frame, out = policy.victim(nobody), model.victim(nobody)
+                assert frames[out] == frame, f"seed {seed}, use {now}"
+                policy.evict(frame, out)
+                model.evicted(out)
+                del frames[out]
+            frames[key] = frame
+            policy.enter(frame, key, now, 0)
+            policy.release(frame)
+            model.enter(key, now)
+        chosen.add(model.chosen)
+        assert policy.half_life() == model.half_lives[model.chosen] * model.turnover
+    print(f"seed {seed}: half-lives {sorted(chosen)}")
+    assert len(chosen) > 1
 
 
 @pytest.mark.parametrize("name", POLICIES)
