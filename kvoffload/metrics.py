@@ -27,6 +27,7 @@ VALUES = {
     "activity": ("load", "prefill"),
     "deadline": ("operation", "request"),
 }
+ALERTED = ("EIO", "EBADMSG")  # reasons of reads that fail, of which an alert asks the rate
 
 
 def zeros() -> Iterator[tuple[str, ...]]:
@@ -35,6 +36,8 @@ def zeros() -> Iterator[tuple[str, ...]]:
     for name, metric in METRICS.items():
         if metric.kind == "counter" and set(metric.labels) <= VALUES.keys():
             yield from ((name, *values) for values in product(*(VALUES[label] for label in metric.labels)))
+    for reason in ALERTED:
+        yield "kvoffload_transfer_failures_total", OpKind.READ.name.lower(), reason
 
 
 METRICS = {
@@ -59,7 +62,7 @@ METRICS = {
     "kvoffload_useful_write_ratio": Metric("gauge", "The same as a share of the blocks written, all since the start."),
     "kvoffload_refused_admissions_total": Metric(
         "counter", "Times that a block was not written to the SSD when it could have been.", ("reason",)
-    ),  # reason: first_use, budget, behind (a block before it in its prefix was refused)
+    ),  # reason: first_use, budget, behind (a block before it in its prefix was refused), own_head (only that could make room)
     "kvoffload_ssd_written_today_bytes": Metric(
         "gauge", "Bytes of slots written to the SSD by this process since 00:00 UTC, all ranks."
     ),
