@@ -78,6 +78,7 @@ typedef struct {
     kvo_drives *drives;     /* that serve it */
     uint32_t depth;         /* reads and writes in flight on it, so that a stuck drive leaves places for others */
     uint32_t reads, writes; /* in flight, abandoned ones included */
+    uint32_t staged;        /* of the reads, those to memory of the engine's own */
     uint64_t read_at;       /* when a read last began or ended; monotonic, us */
     kvo_io growth;
     uint32_t needed, wanted; /* slots it shall have room for, at least and at best; 0 while it does not grow */

@@ -147,7 +147,7 @@ int kvo_wait(kvo_engine *engine, uint64_t timeout_us);
 
 void kvo_stats(kvo_engine *engine, kvo_stats_t *out);
 
-/* What was found by probing, one finding a line ("io: io_uring", "files: O_DIRECT refused (EINVAL), buffered"). */
+/* What was found by probing, one finding a line ("io: io_uring", "file a.slots: O_DIRECT"). */
 void kvo_describe(kvo_engine *engine, char *out, size_t bytes);
 
 /* Stops the threads, completes nothing more, frees everything that kernel or device are not still working on. Waits for

@@ -15,7 +15,8 @@ typedef struct {
 } CoreEngine;
 
 static PyObject *raise_os_error(int status, const char *sentence) {
-    PyObject *arguments = Py_BuildValue("(is)", -status, sentence);
+    /* A path need not be UTF-8, and a long sentence may end within a character. */
+    PyObject *arguments = Py_BuildValue("(iN)", -status, PyUnicode_DecodeFSDefault(sentence));
     if (arguments != NULL) {
         PyErr_SetObject(PyExc_OSError, arguments);
         Py_DECREF(arguments);

@@ -25,6 +25,7 @@ static inline void kvo_count_io(kvo_engine *e, const kvo_record *record, int cha
     kvo_store_file *files = kvo_file_of(e, record);
     *(record->op.kind == KVO_READ ? &e->reads : &e->writes) += (uint32_t)change;
     *(record->op.kind == KVO_READ ? &files->reads : &files->writes) += (uint32_t)change;
+    if (record->op.kind == KVO_READ && record->op.dram_slot == KVO_NO_SLOT) files->staged += (uint32_t)change;
     if (record->op.kind == KVO_READ) files->read_at = kvo_now_us();
 }
 

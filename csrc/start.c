@@ -138,7 +138,7 @@ static bool note_full(const kvo_engine *e, const kvo_store_file *files, uint64_t
 static bool has_spares_for(kvo_engine *e, const kvo_record *record) {
     if (record->op.dram_slot != KVO_NO_SLOT || e->file_count == 1) return true;
     uint32_t most = e->options.spare_slots / e->file_count;
-    return kvo_file_of(e, record)->reads < (most > 0 ? most : 1);
+    return kvo_file_of(e, record)->staged < (most > 0 ? most : 1);
 }
 
 void kvo_start_reads(kvo_engine *e) {

@@ -226,8 +226,8 @@ class Drives:
     def end_load(self, drive: Drive, error: int) -> tuple[bool, bool]:
         """Returns whether the drive answered now, as `end_demotion`, and whether the block is to be forgotten.
 
-        A late load stops reads at once: it cost its request seconds. One whose request would not wait longer (ETIME) says only
-        that the drive is slow, unless it was a trial. An error stops them when it repeats. A block that the
+        A late load stops reads at once: it cost its request seconds. One whose drive answered others (ETIME) says only that it is
+        slow, unless it was a trial. An error stops them when it repeats. A block that the
         drive failed is kept, for it may be sound; but not one that failed as a trial or soon after one: if it were the cause,
         and much wanted, the drive would never be taken back.
         """

@@ -25,7 +25,7 @@ from kvoffload.drives import Drive, Drives
 from kvoffload.index import Index
 from kvoffload.policy import DEFAULT, LRU, POLICIES, EvictionPolicy
 from kvoffload.table import NO_BLOCKS, BlockTable
-from kvoffload.types import LATE, MILDEST_FIRST, NO_SLOT, BlockKey, Demotion, Tier
+from kvoffload.types import LATE, NO_SLOT, NOT_OF_BLOCK, BlockKey, Demotion, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class BlockManager:
                 continue
             error = failed.get(key, 0)
             block.loads -= 1
-            spoiled = error != 0 and error not in MILDEST_FIRST
+            spoiled = error != 0 and error not in NOT_OF_BLOCK
             if drive is not None:
                 answered, spoiled = self._drives.end_load(drive, error)
                 if answered and drive.late_slots:

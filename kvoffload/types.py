@@ -131,17 +131,17 @@ class TransferPlan:
         return self != TransferPlan()
 
 
-MILDEST_FIRST = (errno.ECANCELED, errno.EREMOTEIO, errno.ETIME, errno.ETIMEDOUT)  # say less about a block than all others
 LATE = (errno.ETIME, errno.ETIMEDOUT)
-"""Of a load: its memory is still in use. ETIMEDOUT, the drive should have answered; ETIME, its request would not wait longer."""
+"""Of a load: its memory is still in use. ETIMEDOUT, the drive should have answered; ETIME, it is slow."""
+NOT_OF_BLOCK = (errno.ECANCELED, errno.EREMOTEIO, *LATE)  # say nothing against the block
 
 
 def add_errors(to: dict[BlockKey, int], errors: dict[BlockKey, int]) -> None:
-    """Adds what another rank says. Of two errnos for a block the one that says more about it stays: damage before
-    lateness, lateness before a GPU's failure, that before not having been tried."""
+    """Adds what another rank says. Of two errnos for a block lateness stays, for memory that is in use must not be given away
+    whatever others say; then damage, then a GPU's failure, then not having been tried."""
 
     def weight(error: int) -> int:
-        return MILDEST_FIRST.index(error) if error in MILDEST_FIRST else len(MILDEST_FIRST)
+        return NOT_OF_BLOCK.index(error) if error in NOT_OF_BLOCK[:2] else 3 + LATE.index(error) if error in LATE else 2
 
     for key, error in errors.items():
         to[key] = max(error, to.get(key, error), key=weight)

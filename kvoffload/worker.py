@@ -352,8 +352,9 @@ class Worker:
         job.longest_s = max(job.longest_s, seconds)
         if error == errno.ETIMEDOUT and pending.kind is OpKind.COPY_IN:
             error = errno.EREMOTEIO  # its turn did not come in time: that is the GPU's doing, for the drive had answered
-        elif error == errno.ETIMEDOUT and job.is_urgent and self._says_little(pending.drive, job):
-            error = errno.ETIME  # the drive is slow; one that ended nothing meanwhile may be stalled, and that is told apart here
+        elif error == errno.ETIMEDOUT and self._says_little(pending.drive, job):
+            # The drive is slow, or much was asked of it; one that ended nothing meanwhile may be stalled: that is told apart here.
+            error = errno.ETIME
         if error:
             job.failed.setdefault(pending.key, error)  # of a linked pair the first tells why
         if not job.left:
@@ -364,7 +365,8 @@ class Worker:
         """Whether the drive may be sound although a load that began then was late. It ended something since; or it was not asked,
         for blocks that were read before wait for the GPU and hold the memory that is read into."""
         oldest = next(iter(self._copying.values()), float("inf"))
-        return self._heard.get(drive, 0.0) > job.begun or oldest <= job.begun
+        silent_from = max(job.begun, time.monotonic() - LOAD_TIMEOUT_S)
+        return self._heard.get(drive, 0.0) > silent_from or oldest <= job.begun
 
     def _finish(self, job: Job) -> None:
         if job.failed:

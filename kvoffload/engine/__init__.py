@@ -26,8 +26,8 @@ _NO_DEVICE = -1
 class Engine:
     """One rank's engine. Its memory is allocated here, its threads run until `close`.
 
-    `submit`, `poll`, `wait`, `stats` and `describe` may be called from any thread; `bind`, `attach` and `close` must
-    not run beside another call (`close` then raises RuntimeError). After a fork only the parent may use it.
+    `submit`, `poll`, `wait`, `stats` and `describe` may be called from any thread, one call of each at a time; `bind`, `attach` and
+    `close` must not run beside another call (`close` then raises RuntimeError). After a fork only the parent may use it.
     Use on a closed engine raises ValueError.
     """
 
