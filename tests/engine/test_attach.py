@@ -16,7 +16,7 @@ from kvoffload.engine import Engine
 from kvoffload.engine.reference import ReferenceEngine
 from kvoffload.errors import StoreError
 from kvoffload.store import Store
-from kvoffload.types import EngineOptions, Region
+from kvoffload.types import EngineOptions, Region, SlotFiles
 from tests.engine.world import C_ENGINES, ENGINES, copy_out, load, run_one, write
 from tests.store.helpers import OTHER_UID, PAYLOAD, as_other_user, open_store
 
@@ -154,3 +154,13 @@ def test_files_are_left_blocking_and_served_as_before(name: str, store: Store) -
             if os.path.exists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}") == path
         ]
         assert len(flags) == 1 and not flags[0] & os.O_NONBLOCK
+
+
+@pytest.mark.parametrize("folder", [b"caf\xe9", "ä".encode() * 120], ids=["not UTF-8", "cut within a character"])
+@every_engine
+def test_a_path_that_is_no_utf8_or_too_long_for_a_sentence_is_refused_as_any(name: str, folder: bytes, tmp_path: Path) -> None:
+    directory = os.fsencode(tmp_path) + b"/" + folder
+    os.mkdir(directory)
+    files = SlotFiles((os.fsdecode(directory + b"/0.slots"),), 4, bytes(16))
+    with open_over(name) as engine, pytest.raises(StoreError):
+        engine.attach(files)

@@ -222,6 +222,21 @@ def test_stalled_drive_never_holds_more_than_io_depth(world):
     assert run_one(engine, read(5, 5, 5)) == 0
 
 
+def test_reads_to_their_own_dram_slots_that_hang_take_no_spare_memory_from_others_of_the_drive(world):
+    """A drive that was left alone is tried with a read to spare memory. Behind some that never return it was never started, so
+    the drive, which answered again, was never taken back."""
+    engine = world.engine
+    for number in range(3):
+        stored(engine, number, number, 2 * number)
+    world.faults.read.script("stall", 2)
+    hanging = [read(n, n, 2 * n, id=100 + n, timeout_us=SHORT_US) for n in range(2)]
+    assert set(run(engine, *hanging).values()) == {TIMEDOUT}
+    assert engine.options.spare_slots // len(world.paths) == 2 and engine.stats()["abandoned"] == 2
+    assert run_one(engine, load(2, 4, 9)) == 0
+    world.faults.heal()
+    world.wait_until_none_is_abandoned()
+
+
 def test_one_stalled_drive_leaves_places_for_the_others(world):
     engine, kv = world.engine, world.kv
     for number in range(8):
