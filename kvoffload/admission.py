@@ -124,8 +124,7 @@ class Admission:
 
         `user`, `depth`: the request that uses it, and its place there. `waiting`: blocks admitted and not yet written.
         """
-        hole = self._holes.get(user, {}).get(group)
-        if hole is not None and depth > hole:
+        if self.is_behind_hole(user, group, depth):
             return "behind"
         if not self._policy.wants(uses):
             reason = "first_use"
@@ -133,10 +132,19 @@ class Admission:
             reason = "budget"
         else:
             return ""
+        self.note_hole(user, group, depth)
+        return reason
+
+    def is_behind_hole(self, user: str, group: int, depth: int) -> bool:
+        """Whether a block that comes before it in its request was not written."""
+        holes = self._holes.get(user)
+        return holes is not None and depth > holes.get(group, depth)
+
+    def note_hole(self, user: str, group: int, depth: int) -> None:
+        """The block is not written. REQUIRES: not `is_behind_hole`."""
         self._holes.setdefault(user, {})[group] = depth
         if len(self._holes) > HOLES_MAX:
             self._holes.popitem(last=False)
-        return reason
 
     def affords(self, waiting: int) -> bool:
         """Whether a block that was admitted before may be written once more."""

@@ -26,7 +26,7 @@ PROBE_SHARE = 16  # one part in so many of a hit is loaded to see whether a slow
 PROBE_GROWS = 4  # times a probe is larger than one that says too little
 PROBE_S, PROBE_MAX_S = 10.0, 600.0  # between probes: at first, and at most
 SLOW_S = 1.0  # a load that long is worth one recomputing, to learn what that takes
-USUAL = 0.9  # of what computing the usual prompt takes: beside those that take longer tiers are probed
+USUAL = 0.9  # of what loading usually saves from a tier: where it saves more the tier is probed
 PROBE_LOSS = 0.05  # of what computing takes: so long a probe may last
 PATIENCE, PATIENCE_MAX = 2.0, 64.0  # times what a load should take, then the drive is another than it was. What arrived is kept.
 PATIENCE_GROWS, PATIENCE_FADES = 2.0, 0.998  # each time a load was given up and the next found the drive well; with each other load
@@ -207,7 +207,7 @@ class Estimates:
         self.prefill = Prefill()
         self._load = {tier: Cost(1e6, 1.0) for tier in Tier}
         self._queued = dict.fromkeys(Tier, 0)
-        self._usual_s = dict.fromkeys(Tier, 0.0)  # that computing a prompt takes of which the tier has something
+        self._usual_s = dict.fromkeys(Tier, 0.0)  # that loading what the tier has of a prompt saves, if it has something
         self._probing: dict[Tier | int, Probing] = {}  # by tier, or by size of a prefill
         self._patience = dict.fromkeys(Tier, PATIENCE)  # more for a tier that is slow now and then: to wait is better
         self._is_probing = False
@@ -228,9 +228,11 @@ class Estimates:
         loads = [0.0, *(self._load_s(parts[: count + 1]) for count in range(len(parts)))]
         if whole is None:
             return self._learn(now, computed, parts, loads[-1])
+        saved = [self._saved_s(total, begin, part.end) for begin, part in zip(ends, parts, strict=False)]
         if not again:
             for tier in {part.tier for part in parts}:
-                self._usual_s[tier] += (1 - FORGETTING) * (whole - self._usual_s[tier])
+                all_saved = sum(saved_s for saved_s, part in zip(saved, parts, strict=True) if part.tier is tier)
+                self._usual_s[tier] += (1 - FORGETTING) * (all_saved - self._usual_s[tier])
         times = [load + (self.recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
         suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
@@ -245,8 +247,8 @@ class Estimates:
             if self._doubts(rest, parts, loads[-1], times[best]):
                 if self._may_probe(now, Prefill.size(rest)):
                     return Decision(ends[-1], Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, PATIENCE * loads[-1]))
-            elif whole >= USUAL * self._usual_s[part.tier] and self._may_probe_tier(now, part.tier, suspect is not None):
-                end = self._note_probe(now, ends[best], part, total)
+            elif saved[best] >= USUAL * self._usual_s[part.tier] and self._may_probe_tier(now, part.tier, suspect is not None):
+                end = self._note_probe(now, ends[best], part, saved[best])
                 if part.tier is Tier.DRAM:  # which needs a request
                     patience_s = max(SHORTEST_S, PROBE_LOSS * whole) + 2 * loads[best]
                     return Decision(end, Kind.PART, Why.PROBE, None, patience_s)
@@ -277,13 +279,17 @@ class Estimates:
         probing = self._probing.get(tier)
         return tier is Tier.DRAM or not self._is_probing and (probing is None or now >= probing.next_at)
 
-    def _note_probe(self, now: float, begin: int, part: Part, total: int) -> int:
-        """Where it ends. Not of prompts that take less than usual to compute: a probe is much beside that, and a small load says
-        little of large ones."""
+    def _saved_s(self, total: int, begin: int, end: int) -> float:
+        """By having the prompt from `begin` to `end` loaded and not computed, however long last tokens took of late."""
+        rest = max(1, total - end)
+        rest_s = min(self.prefill.seconds(rest, end) or 0.0, self.prefill.least(rest, end) or np.inf)
+        return max(0.0, (self.recompute_s(total, begin) or 0.0) - rest_s)
+
+    def _note_probe(self, now: float, begin: int, part: Part, saved_s: float) -> int:
+        """Where it ends. Not of parts that save less than usual: a probe is much beside that, and a small load says little of
+        large ones."""
         probing = self._probing.setdefault(part.tier, Probing(now))
-        rest = max(1, total - part.end)
-        rest_s = min(self.prefill.seconds(rest, part.end) or 0.0, self.prefill.least(rest, part.end) or np.inf)
-        probing.whole_bytes, probing.saved_s = part.nbytes, max(0.0, (self.recompute_s(total, begin) or 0.0) - rest_s)
+        probing.whole_bytes, probing.saved_s = part.nbytes, saved_s
         return begin + max(1, (part.end - begin) // probing.share)
 
     def _learn(self, now: float, computed: int, parts: Sequence[Part], load_s: float) -> Decision:

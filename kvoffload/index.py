@@ -41,6 +41,7 @@ class Index:
         self.dirty: OrderedDict[BlockKey, Block] = OrderedDict()
         self.promised_dram: set[int] = set()  # slots promised by lookups of this step: their blocks are not evicted
         self.promised_ssd: set[int] = set()
+        self.passed = 0  # looks at blocks that were not evicted for one behind them in their request; set back by whoever asks
         self.dram = SlotPool(range(dram_slots))
         self._in_dram: list[Block | None] = [None] * dram_slots  # by slot; stale where the policy has none
         self.dram_policy = dram_policy
@@ -227,12 +228,18 @@ class Index:
             self._make_cold(block)
         return slot
 
-    def take_ssd_slot(self, drives: Sequence[Drive], block: Block) -> int:
-        """A free slot of the first of `drives` that has one, else one of theirs by eviction; NO_SLOT if everything there is in
-        use, promised, or before the block in its own request: a prefix must not lose its head to its tail."""
+    def take_ssd_slot(self, drives: Sequence[Drive], block: Block) -> int | None:
+        """A free slot for the block of the first of `drives` that has one, else one of theirs by eviction; NO_SLOT if everything
+        there is in use or promised, None if nothing but what comes before it in its own request could go: a prefix must not
+        lose its head to its tail."""
+        promised = self.promised_ssd.__contains__
 
         def spared(slot: int) -> bool:
-            return slot in self.promised_ssd or self._is_before(slot, block)
+            if promised(slot):
+                return True
+            is_before = self._is_before(slot, block)
+            self.passed += is_before
+            return is_before
 
         for drive in drives:
             slot = drive.take_slot()
@@ -243,6 +250,8 @@ class Index:
             if slot is not None:
                 self._evict_from_ssd(slot)
                 return slot
+        if any(drive.victim(promised) is not None for drive in drives):
+            return None
         # A full drive that has nothing of ours to give up may have room by now.
         return next((slot for drive in drives if (slot := drive.pool.take()) is not None), NO_SLOT)
 

@@ -30,6 +30,7 @@ from kvoffload.types import LATE, NO_SLOT, NOT_OF_BLOCK, BlockKey, Demotion, Tie
 logger = logging.getLogger(__name__)
 
 DEMOTIONS_MAX = 512  # in flight at once: acknowledgements come a few steps later, and the drive must not wait for them
+PASSED_MAX = 2000  # blocks that are looked at in vain in one step of the scheduler, of prompts that would evict their own heads
 DRAM, SSD = Tier  # see State
 NOTHING: Mapping[BlockKey, int] = MappingProxyType({})
 
@@ -283,8 +284,7 @@ class BlockManager:
     def store_done(self, keys: Collection[BlockKey], failed: Container[BlockKey] = ()) -> None:
         """The store of `keys` ended on every rank. Keys that were not placed by `store` are passed over."""
         stored = [block for key in keys if (block := self._stores.pop(key, None)) is not None]
-        if self._selective:
-            stored.sort(key=lambda block: block.depth)  # a prefix is admitted from its head
+        stored.sort(key=lambda block: block.depth)  # a prefix is written from its head, and vLLM tells of a set
         for block in stored:
             block.dram = READY
             if block.key in failed:
@@ -332,20 +332,20 @@ class BlockManager:
     def plan(self) -> list[Demotion]:
         """Demotions to start now, so that DRAM slots are clean before they are needed."""
         demotions = [] if self._drives.all_well else self._plan_trials()
-        stuck: set[str] = set()  # requests of which only their own heads could make room for more
-        while self._index.dirty:
+        self._index.passed = 0
+        while self._index.dirty and self._index.passed < PASSED_MAX:
             block = next(iter(self._index.dirty.values()))
-            drives = self._drives.to_write()
-            slot = self._index.take_ssd_slot(drives, block) if block.user not in stuck else NO_SLOT
-            if slot == NO_SLOT and block.user not in stuck and not self._is_all_its_own(drives):
-                break
+            slot = None
+            if not self._admission.is_behind_hole(block.user, block.group, block.depth):
+                slot = self._index.take_ssd_slot(self._drives.to_write(), block)
+                if slot == NO_SLOT or slot is None and self._drives.are_busy():
+                    break
             del self._index.dirty[block.key]
             block.dirty = False
-            if slot != NO_SLOT:
-                demotions.append(self._demote(block, slot))
-            else:
-                stuck.add(block.user)
+            if slot is None:
                 self._leave_off(block)
+            else:
+                demotions.append(self._demote(block, slot))
         for demotion in reversed(demotions):  # as policies are promised, and some go by it: a head is the last to leave
             block = self._demotions.block(demotion.id)
             if not block.gone:
@@ -353,13 +353,11 @@ class BlockManager:
                 policy.enter(frame, block.key, block.used, block.depth)
         return demotions
 
-    def _is_all_its_own(self, drives: Sequence[Drive]) -> bool:
-        """Whether a block that found no room would have found some but for what comes before it in its request."""
-        return any(drive.victim(self._index.promised_ssd.__contains__) is not None for drive in drives)
-
     def _leave_off(self, block: Block) -> None:
         """Of a prompt that is longer than the tier, say: without its head it could not be loaded."""
         self.counters["kvoffload_refused_admissions_total", "own_head"] += 1
+        if not self._admission.is_behind_hole(block.user, block.group, block.depth):
+            self._admission.note_hole(block.user, block.group, block.depth)
         if not self.dram_is_tier:
             self._index.forget(block)
         self._index.settle(block)
@@ -369,8 +367,8 @@ class BlockManager:
         for drive in self._drives.to_write():
             affordable = self._admission.affords(len(self._index.dirty))
             block = drive.next_trial() if affordable else None
-            slot = self._index.take_ssd_slot([drive], block) if block is not None else NO_SLOT
-            if block is not None and slot != NO_SLOT:
+            slot = self._index.take_ssd_slot([drive], block) if block is not None else None
+            if block is not None and slot is not None and slot != NO_SLOT:
                 demotions.append(self._demote(block, slot))
         return demotions
 

@@ -62,7 +62,7 @@ METRICS = {
     "kvoffload_useful_write_ratio": Metric("gauge", "The same as a share of the blocks written, all since the start."),
     "kvoffload_refused_admissions_total": Metric(
         "counter", "Times that a block was not written to the SSD when it could have been.", ("reason",)
-    ),  # reason: first_use, budget, behind (a block before it in its prefix was refused), own_head (only that could make room)
+    ),  # reason: first_use, budget, behind (a block before it in its prefix was refused), own_head (none but those could make room)
     "kvoffload_ssd_written_today_bytes": Metric(
         "gauge", "Bytes of slots written to the SSD by this process since 00:00 UTC, all ranks."
     ),

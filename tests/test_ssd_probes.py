@@ -64,7 +64,7 @@ def test_a_hit_of_which_dram_has_most_ends_probing_of_the_ssd_as_well():
     both = [Part(3900, Tier.DRAM, 3900 * TOKEN_BYTES), Part(4000, Tier.SSD, 100 * TOKEN_BYTES)]
     for _ in range(CONVINCED):
         world.request(both[:1], 3900)
-    world.estimates._note_probe(world.now, 0, ssd(4000)[0], 4000)
+    world.estimates._note_probe(world.now, 0, ssd(4000)[0], world.prefill_s(4000, 0))
     world.rate[Tier.DRAM] = 0.5e9
     for _ in range(CONVINCED):
         world.request(both, 4000)
@@ -117,3 +117,27 @@ def test_a_drive_that_is_well_again_is_loaded_from_though_last_tokens_took_long_
     world.rate[Tier.SSD] *= 100
     world.now += 1000.0
     assert [world.request(ssd(4000), 4000)[0].kind for _ in range(40)][-1] is Kind.LOAD
+
+
+def test_long_prompts_of_which_the_ssd_has_only_the_end_do_not_keep_it_from_being_probed_beside_others():
+    """DRAM loses tails first, so most hits look like that; of their tails a probe says little."""
+    world = taught()
+    both = [Part(3900, Tier.DRAM, 3900 * TOKEN_BYTES), Part(4000, Tier.SSD, 100 * TOKEN_BYTES)]
+    for _ in range(CONVINCED):
+        world.request(both[:1], 3900)
+    world.rate[Tier.SSD] /= 100
+    for _ in range(5):
+        world.request(both, 4000)
+        world.request(ssd(500), 500)
+    probed = 0
+    for _ in range(100):
+        world.request(both, 4000)
+        probed += probes(world.request(ssd(500), 500))
+    assert probed >= 2
+    world.rate[Tier.SSD] *= 100
+    world.now += 1000.0
+    kinds = []
+    for _ in range(20):
+        world.request(both, 4000)
+        kinds.append(world.request(ssd(500), 500)[0].kind)
+    assert kinds[-1] is Kind.LOAD

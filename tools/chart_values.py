@@ -350,8 +350,8 @@ VALUES: dict[str, Any] = {
     "shutdown": {
         "preStopSeconds": whole(15, "Wait before SIGTERM, until load balancers send nothing any more."),
         "postscriptSeconds": whole(30, "What the postscript may take, if there is one; then it is ended.", 1),
-        "drainSeconds": whole(60, "What requests in flight get to end, before the cache's time."),
-        "flushSeconds": whole(5, "What the journal gets to reach the disk; vLLM's `--shutdown-timeout` is the sum of both.", 3),
+        "drainSeconds": whole(60, "What requests in flight get to end."),
+        "flushSeconds": whole(5, "What the journal gets to reach the disk: vLLM's one `--shutdown-timeout` is the sum of both.", 3),
         "gracePeriodSeconds": whole(None, "Empty: the sum of these, and 10."),
     },
     "probes": {

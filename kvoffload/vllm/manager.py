@@ -287,6 +287,8 @@ class ManagerAdapter(OffloadingManager):
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         notes = self._notes(req_context)
         failed = self._failed.pop(notes.transfer, {})
+        if not contract.TELLS_POSITIONS:  # nobody decides against a slow drive, so it is left alone like one that is silent
+            failed = {key: errno.ETIMEDOUT if error == errno.ETIME else error for key, error in failed.items()}
         own_keys = notes.own_keys(keys)
         for key in own_keys:
             self._loading.pop(key, None)

@@ -31,7 +31,7 @@ class Books:
     def store(self, blocks: list[bytes], owner: str = "w") -> list[bytes]:
         placed = self.manager.store([(key, 0) for key in blocks], owner, places(blocks)).placements
         stored = [place.key for place in placed]
-        self.manager.store_done(stored)
+        self.manager.store_done(stored[::-1])  # in any order, for vLLM tells of a set
         self.manager.check()
         return stored
 

@@ -2,8 +2,10 @@ import errno
 
 import pytest
 
+from kvoffload import manager as manager_module
 from kvoffload.breaker import PAUSE_MIN_S
 from kvoffload.policy import POLICIES
+from kvoffload.policy.aged import PASSED_MAX as PASSED_IN_A_SEARCH
 from kvoffload.types import NO_SLOT, Tier
 from tests.manager.books import Books, places, prefix
 
@@ -373,7 +375,7 @@ def test_a_prompt_longer_than_the_ssd_keeps_its_head_there_and_writes_no_more(ev
         rest = [key for key in blocks if books.manager.tier(key) is None]
         while rest:
             stored = books.manager.store([(key, 0) for key in rest], "w", own=places(blocks))
-            books.manager.store_done([place.key for place in stored.placements])
+            books.manager.store_done([place.key for place in reversed(stored.placements)])
             books.demote()
             rest = rest[len(stored.placements) :]
         assert books.tiers(blocks) == [Tier.SSD] * 5 + [None] * 7
@@ -391,3 +393,63 @@ def test_blocks_that_wait_behind_one_that_only_its_own_head_could_make_room_for_
     assert books.demote() == prefix("b", 2)
     assert [Tier.SSD in books.manager.tiers(key) for key in prefix("a", 6)] == [True, True, False, False, False, False]
     assert books.manager.counters["kvoffload_refused_admissions_total", "own_head"] == 2
+
+
+def test_a_prompts_tail_waits_while_what_is_in_use_may_make_room_for_it():
+    books = Books(dram=12, ssd=4)
+    books.store(prefix("b", 2), "b")
+    books.demote()
+    books.store(prefix("a", 4), "a")
+    load = books.manager.read_for_time(prefix("b", 2), "reader")
+    assert books.demote() == prefix("a", 2)
+    assert books.demote() == [] and books.manager.queues()["demotion_waiting"] == 2
+    books.manager.load_done([place.key for place in load], "reader", used=False)
+    assert books.demote() == prefix("a", 4)[2:]
+
+
+def test_nothing_is_written_behind_what_was_left_off():
+    books = Books(dram=12, ssd=4)
+    books.store(prefix("a", 6), "a")
+    books.demote()
+    assert books.demote() == []
+    books.store(prefix("b", 4), "b")
+    books.demote()
+    stored = books.manager.store([(b"a6", 0)], "a", places(prefix("a", 7)))
+    books.manager.store_done([place.key for place in stored.placements])
+    assert books.demote() == [], "though there are others' blocks to evict now"
+
+
+def test_a_full_drive_is_not_asked_for_room_for_the_tail_of_a_prompt_of_which_it_has_the_head():
+    books = Books(dram=12, ssd=8)
+    books.store(prefix("b", 3), "b")
+    books.demote()
+    books.store(prefix("c", 1), "c")
+    books.demote(errno.ENOSPC)
+    books.now += 2 * PAUSE_MIN_S
+    books.demote()  # c takes the place of a b
+    asked = []
+    for blocks in (prefix("a", 2), prefix("a", 6)):
+        books.store(blocks, "a")
+        for _ in range(4):
+            demotions = books.manager.plan()
+            asked += [demotion.ssd_slot for demotion in demotions]
+            for demotion in demotions:
+                books.manager.ack(demotion.id, 1)
+    assert max(asked) < 4 and books.manager.counters["kvoffload_drive_openings_total", "0", "write", "ENOSPC"] <= 1
+
+
+def test_looks_at_a_prompts_own_head_are_bounded_in_a_step(monkeypatch):
+    """One used before is wanted more than a new head under a long half-life, so the head comes first in each search."""
+    monkeypatch.setattr(manager_module, "PASSED_MAX", 20)
+    books = Books(dram=400, ssd=200)
+    books.store(prefix("b", 100), "b")
+    books.demote()
+    for number in range(6):
+        books.manager.touch(prefix("b", 100), f"again {number}")
+    books.store(prefix("a", 180), "a")
+    steps = 0
+    while books.manager.queues()["demotion_waiting"] and steps < 100:
+        books.demote()
+        assert books.manager._index.passed <= 20 + PASSED_IN_A_SEARCH
+        steps += 1
+    assert not books.manager.queues()["demotion_waiting"]

@@ -328,11 +328,6 @@ class World:
         if job.kind == "store":
             self.manager.store_done(keys, job.failed)
             return
-        for place in job.places:
-            if job.failed.get(place.key) not in LATE and place.ssd_slot != NO_SLOT:
-                # One rank's damage speaks louder than another's lateness; the engine has spare memory for a few of these.
-                for worker in self.workers:
-                    worker.in_use.pop(place.dram_slot, None)
         self.manager.load_done(keys, action.owner, job.failed)
 
     def drain(self) -> None:

@@ -66,7 +66,7 @@ def test_every_metric_is_on_the_dashboard_or_in_an_alert():
     asked = {exported_name(name) for name in re.findall(r"kvoffload_\w+", queries)}
     elsewhere = {
         "kvoffload_hit_blocks_total", "kvoffload_missed_lookups_total", "kvoffload_read_back_blocks_total",
-        "kvoffload_demotion_failures_total", "kvoffload_drive_openings_total", "kvoffload_predicted_seconds_total",
+        "kvoffload_demotion_failures_total", "kvoffload_predicted_seconds_total",
         "kvoffload_store_failures_total", "kvoffload_transfer_seconds_total",
     }  # fmt: skip
     assert METRICS.keys() - asked == elsewhere

@@ -144,6 +144,22 @@ def test_a_vllm_that_does_not_tell_positions_has_what_it_loads_counted_all_the_s
     assert not decided(manager)
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_slow_drive_is_left_alone_where_nothing_is_decided_about_it(clock, monkeypatch, tmp_path, tells):
+    """With a vLLM that tells no positions each hit would wait for it as long as a load may take, without end."""
+    manager = adapter(nvme_path=str(tmp_path), ssd_kv_offload_gb=0.01)
+    context, keys = request(manager, "r", BLOCKS)
+    store(manager, context, keys)
+    manager.take_in(TransferReport(demoted={demotion.id: 1 for demotion in end_step(manager).demotions}))
+    context.load_tier_filter = TierFilter((TierMatcher(medium=Medium.STORAGE),))
+    monkeypatch.setattr(contract, "TELLS_POSITIONS", tells)
+    spec = manager.prepare_load(keys, context)
+    manager.take_in(TransferReport(failed={spec.transfer: dict.fromkeys(keys[1:], errno.ETIME)}))
+    manager.complete_load(keys, context)
+    assert any(name == "kvoffload_drive_openings_total" for name, *_ in manager._core.counters) == (not tells)
+    manager.shutdown()
+
+
 @pytest.mark.parametrize("knows", ["suspect", "probing"])
 def test_blocks_of_several_groups_that_end_at_one_token_and_lie_in_two_tiers_are_probed_as_one(clock, monkeypatch, knows):
     """The last block of the last group is the first that DRAM loses of a request."""

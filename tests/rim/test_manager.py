@@ -239,12 +239,6 @@ def test_what_was_noted_of_a_request_before_a_reset_is_forgotten():
     assert store(manager, context, keys[:4]) == keys[:4]
 
 
-def test_of_two_ranks_errors_the_one_that_says_more_stays():
-    first = TransferReport(failed={1: {b"a": errno.ETIMEDOUT, b"b": errno.EBADMSG, b"c": errno.ECANCELED}})
-    first.add(TransferReport(failed={1: {b"a": errno.EBADMSG, b"b": errno.ETIMEDOUT, b"c": errno.ETIMEDOUT}}))
-    assert first.failed == {1: {b"a": errno.EBADMSG, b"b": errno.EBADMSG, b"c": errno.ETIMEDOUT}}
-
-
 def test_after_a_reset_blocks_are_kept_under_keys_no_other_process_asks_for():
     manager = adapter()
     context, keys = request(manager, "r", 2)

@@ -284,10 +284,10 @@ def test_a_load_that_waits_behind_another_is_not_held_against_a_drive_that_answe
 
 
 def test_a_drive_that_answered_long_ago_when_a_load_had_begun_and_nothing_since_is_silent(monkeypatch):
-    monkeypatch.setattr(worker_module, "LOAD_TIMEOUT_S", 0.0)
     engine = SlowEngine()
     worker = Worker(engine, rank=0, group_bytes=[PAYLOAD])
     worker.load(1, block_list(2, [NO_SLOT] * 2, [0, 1], [0, 1]))
+    monkeypatch.setattr(worker_module, "LOAD_TIMEOUT_S", 0.0)
     engine.ended = dict.fromkeys(engine.ids[:2], 0)
     worker.poll()
     engine.ended = {engine.ids[2]: errno.ETIMEDOUT, engine.ids[3]: errno.ECANCELED}
