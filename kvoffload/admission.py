@@ -141,8 +141,9 @@ class Admission:
         return holes is not None and depth > holes.get(group, depth)
 
     def note_hole(self, user: str, group: int, depth: int) -> None:
-        """The block is not written. REQUIRES: not `is_behind_hole`."""
-        self._holes.setdefault(user, {})[group] = depth
+        """The block is not written."""
+        holes = self._holes.setdefault(user, {})
+        holes[group] = min(depth, holes.get(group, depth))
         if len(self._holes) > HOLES_MAX:
             self._holes.popitem(last=False)
 

@@ -218,10 +218,6 @@ class Drives:
             self._close(drive, "write")
         return error != errno.ETIMEDOUT
 
-    def are_busy(self) -> bool:
-        """Whether something is in flight on any of them, so that what is in use now may be evicted soon."""
-        return any(drive.loads or drive.demotions for drive in self._drives)
-
     def begin_load(self, drive: Drive) -> None:
         drive.loads += 1
         if not drive.reads.closed:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -225,15 +225,14 @@ class Estimates:
         """
         whole = self.recompute_s(total, computed)
         ends = [computed, *(part.end for part in parts)]
-        loads = [0.0, *(self._load_s(parts[: count + 1]) for count in range(len(parts)))]
+        loads = self._loads_s(parts)
         if whole is None:
             return self._learn(now, computed, parts, loads[-1])
-        saved = [self._saved_s(total, begin, part.end) for begin, part in zip(ends, parts, strict=False)]
-        if not again:
-            for tier in {part.tier for part in parts}:
-                all_saved = sum(saved_s for saved_s, part in zip(saved, parts, strict=True) if part.tier is tier)
-                self._usual_s[tier] += (1 - FORGETTING) * (all_saved - self._usual_s[tier])
-        times = [load + (self.recompute_s(total, end) or 0.0) for end, load in zip(ends, loads, strict=True)]
+        rests, rest = [self.recompute_s(total, end) or 0.0 for end in ends], max(1, total - ends[-1])
+        least_rests = [*rests[:-1], min(rests[-1], self.prefill.least(rest, ends[-1]) or np.inf)]  # see _doubts
+        saved = [max(0.0, before - after) for before, after in pairwise(least_rests)]
+        worth = self._worth_probing(whole, saved, parts, again)
+        times = [load + rest for load, rest in zip(loads, rests, strict=True)]
         best = min(range(len(times)), key=lambda count: (times[count], -count))
         suspect = next((count for count, part in enumerate(parts[:best]) if part.tier in self._suspects), None)
         best, probe = best if suspect is None else suspect, None
@@ -241,13 +240,12 @@ class Estimates:
             probing = self._probing.get(part.tier)
             if part.tier is not Tier.SSD or probing is not None and not probing.whole_bytes:  # see _judge_probes
                 self._probing.pop(part.tier, None)
-        rest = max(1, total - ends[-1])
         if best < len(parts):
-            part = parts[best]
+            part, at_once = parts[best], suspect is not None
             if self._doubts(rest, parts, loads[-1], times[best]):
                 if self._may_probe(now, Prefill.size(rest)):
                     return Decision(ends[-1], Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, PATIENCE * loads[-1]))
-            elif saved[best] >= USUAL * self._usual_s[part.tier] and self._may_probe_tier(now, part.tier, suspect is not None):
+            elif (part.tier in worth or at_once and part.tier is Tier.SSD) and self._may_probe_tier(now, part.tier, at_once):
                 end = self._note_probe(now, ends[best], part, saved[best])
                 if part.tier is Tier.DRAM:  # which needs a request
                     patience_s = max(SHORTEST_S, PROBE_LOSS * whole) + 2 * loads[best]
@@ -256,7 +254,7 @@ class Estimates:
         else:
             self._probing.pop(Prefill.size(rest), None)
         kind = Kind.LOAD if best == len(parts) else Kind.PART if best else Kind.RECOMPUTE
-        saved_s = whole - (self.recompute_s(total, ends[best]) or 0.0)
+        saved_s = whole - rests[best]
         if any(self._load[part.tier].is_new for part in parts[:best]):
             return Decision(ends[best], kind, Why.LEARNING, None, max(PATIENCE_MIN_S, saved_s), probe)
         patience = max((self._patience[part.tier] for part in parts[:best]), default=PATIENCE)
@@ -279,15 +277,20 @@ class Estimates:
         probing = self._probing.get(tier)
         return tier is Tier.DRAM or not self._is_probing and (probing is None or now >= probing.next_at)
 
-    def _saved_s(self, total: int, begin: int, end: int) -> float:
-        """By having the prompt from `begin` to `end` loaded and not computed, however long last tokens took of late."""
-        rest = max(1, total - end)
-        rest_s = min(self.prefill.seconds(rest, end) or 0.0, self.prefill.least(rest, end) or np.inf)
-        return max(0.0, (self.recompute_s(total, begin) or 0.0) - rest_s)
+    def _worth_probing(self, whole_s: float, saved: Sequence[float], parts: Sequence[Part], again: bool) -> set[Tier]:
+        """Tiers that have about as much of this prompt as they usually have: beside less a probe is much, and a small load says
+        little of large ones."""
+        found = set()
+        for tier in {part.tier for part in parts}:
+            saved_s = min(whole_s, sum(of_part for of_part, part in zip(saved, parts, strict=True) if part.tier is tier))
+            if not again:
+                self._usual_s[tier] += (1 - FORGETTING) * (saved_s - self._usual_s[tier])
+            if saved_s >= USUAL * self._usual_s[tier]:
+                found.add(tier)
+        return found
 
     def _note_probe(self, now: float, begin: int, part: Part, saved_s: float) -> int:
-        """Where it ends. Not of parts that save less than usual: a probe is much beside that, and a small load says little of
-        large ones."""
+        """Where it ends. `saved_s`: by loading the part."""
         probing = self._probing.setdefault(part.tier, Probing(now))
         probing.whole_bytes, probing.saved_s = part.nbytes, saved_s
         return begin + max(1, (part.end - begin) // probing.share)
@@ -303,11 +306,16 @@ class Estimates:
         """Of a prompt of `total` tokens, of which `context` are there."""
         return self.prefill.seconds(max(1, total - context), context)
 
-    def _load_s(self, parts: Sequence[Part]) -> float:
-        """Tiers are read one beside the other, so what counts is the slowest; what is queued there comes first. A tier of
-        which nothing is known takes no time, so it is tried, without what is known to be slow behind it."""
-        known = [(tier, nbytes) for tier, nbytes in _bytes_by_tier(parts).items() if not self._load[tier].is_new]
-        return max((self._load[tier].predict(self._queued[tier] + nbytes, 1.0) or 0.0 for tier, nbytes in known), default=0.0)
+    def _loads_s(self, parts: Sequence[Part]) -> list[float]:
+        """Of the first 0, 1, .. parts. Tiers are read one beside the other, so what counts is the slowest; what is queued there
+        comes first. A tier of which nothing is known takes no time, so it is tried, without what is known to be slow behind it."""
+        slowest, nbytes, found = dict.fromkeys(Tier, 0.0), dict.fromkeys(Tier, 0), [0.0]
+        for part in parts:
+            nbytes[part.tier] += part.nbytes
+            if not self._load[part.tier].is_new:
+                slowest[part.tier] = self._load[part.tier].predict(self._queued[part.tier] + nbytes[part.tier], 1.0) or 0.0
+            found.append(max(slowest.values()))
+        return found
 
     def _may_probe(self, now: float, what: Tier | int) -> bool:
         probing = self._probing.setdefault(what, Probing(now))
@@ -419,10 +427,3 @@ class Estimates:
         """Of a load of so many bytes on an idle tier, latency included."""
         seconds = self._load[tier].predict(nbytes, 1.0)
         return None if not seconds else nbytes / seconds
-
-
-def _bytes_by_tier(parts: Sequence[Part]) -> dict[Tier, int]:
-    found: dict[Tier, int] = {}
-    for part in parts:
-        found[part.tier] = found.get(part.tier, 0) + part.nbytes
-    return found

@@ -41,7 +41,9 @@ class Index:
         self.dirty: OrderedDict[BlockKey, Block] = OrderedDict()
         self.promised_dram: set[int] = set()  # slots promised by lookups of this step: their blocks are not evicted
         self.promised_ssd: set[int] = set()
-        self.passed = 0  # looks at blocks that were not evicted for one behind them in their request; set back by whoever asks
+        self.left_off: set[BlockKey] = set()  # not written to the SSD though wanted there; some may be gone
+        # Blocks looked at for eviction in vain, as one behind them in their request asked, and blocks left off. Set back by plans.
+        self.passed = 0
         self.dram = SlotPool(range(dram_slots))
         self._in_dram: list[Block | None] = [None] * dram_slots  # by slot; stale where the policy has none
         self.dram_policy = dram_policy
@@ -100,6 +102,13 @@ class Index:
                 if block.ssd is READY:
                     found.append((key, block.ssd_slot))
         return found
+
+    def leave_off(self, block: Block) -> None:
+        """It is not written to the SSD until the next request that uses it offers it again."""
+        if len(self.left_off) >= self.dram.count:  # most have left DRAM
+            self.left_off.clear()
+        self.left_off.add(block.key)
+        self.passed += 1
 
     def settle_dirty(self) -> None:
         """While no drive takes them, blocks that wait to be written may be evicted."""

@@ -30,7 +30,7 @@ from kvoffload.types import LATE, NO_SLOT, NOT_OF_BLOCK, BlockKey, Demotion, Tie
 logger = logging.getLogger(__name__)
 
 DEMOTIONS_MAX = 512  # in flight at once: acknowledgements come a few steps later, and the drive must not wait for them
-PASSED_MAX = 2000  # blocks that are looked at in vain in one step of the scheduler, of prompts that would evict their own heads
+PASSED_MAX = 2000  # see Index.passed, in one step of the scheduler
 DRAM, SSD = Tier  # see State
 NOTHING: Mapping[BlockKey, int] = MappingProxyType({})
 
@@ -302,13 +302,16 @@ class BlockManager:
             self._journal.touch(on_ssd)
 
     def _use(self, keys: Sequence[BlockKey], owner: str) -> list[tuple[BlockKey, int]]:
-        """`Index.use`. Blocks that the SSD lacks are offered to it again if another request used them before."""
-        if not self._selective:
+        """`Index.use`. Blocks that the SSD lacks are offered to it again if another request used them before: those that were left
+        off, and all if admission selects."""
+        blocks, left_off = self._blocks, self._index.left_off
+        if not (self._selective or left_off):
             return self._index.use(keys, owner)
-        blocks = self._blocks
-        again = [block for key in keys if (block := blocks.get(key)) is not None and block.user != owner]
+        may_come = keys if self._selective else [key for key in keys if key in left_off]
+        again = [block for key in may_come if (block := blocks.get(key)) is not None and block.user != owner]
         used = self._index.use(keys, owner)
         for block in again:
+            left_off.discard(block.key)
             block.uses += 1
             if block.dram is READY and block.ssd is ABSENT and not block.dirty and not block.late:
                 self._offer(block)
@@ -338,7 +341,7 @@ class BlockManager:
             slot = None
             if not self._admission.is_behind_hole(block.user, block.group, block.depth):
                 slot = self._index.take_ssd_slot(self._drives.to_write(), block)
-                if slot == NO_SLOT or slot is None and self._drives.are_busy():
+                if slot == NO_SLOT:
                     break
             del self._index.dirty[block.key]
             block.dirty = False
@@ -354,10 +357,10 @@ class BlockManager:
         return demotions
 
     def _leave_off(self, block: Block) -> None:
-        """Of a prompt that is longer than the tier, say: without its head it could not be loaded."""
+        """Of a prompt that is longer than the tier, say: without its head it could not be loaded, and others wait behind it."""
         self.counters["kvoffload_refused_admissions_total", "own_head"] += 1
-        if not self._admission.is_behind_hole(block.user, block.group, block.depth):
-            self._admission.note_hole(block.user, block.group, block.depth)
+        self._index.leave_off(block)
+        self._admission.note_hole(block.user, block.group, block.depth)
         if not self.dram_is_tier:
             self._index.forget(block)
         self._index.settle(block)
@@ -486,6 +489,7 @@ class BlockManager:
             self._index.forget_and_settle(block, journal=False)
         self._index.forget_cold()
         self._index.end_promises()
+        self._index.left_off.clear()
         self._admission.reset()
         self._journal.clear()
 

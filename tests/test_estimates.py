@@ -353,7 +353,7 @@ def test_a_drive_that_is_slow_is_probed_beside_prompts_that_take_long_anyway():
         tokens = (250, 250, 4000)[number % 3]
         decision, _ = world.request(ssd(tokens), tokens)
         probed[tokens] += decision.probe is not None
-    assert probed[4000] >= 3 and probed[250] == 0
+    assert probed[4000] >= 3 and probed[250] <= 1  # right after it was given up by whatever prompt comes, for nobody waits
     world.rate[Tier.SSD] *= 100
     world.now += 1000.0
     for tokens in (250, 4000, 4000):
@@ -412,7 +412,7 @@ def test_no_choice_looks_better_than_the_one_made(cost, drive, prompts, seed, no
     total = max(prompts)
     decision = world.decide(ssd(total), total)
     assert decision.why is Why.FASTER and decision.end in (0, total)
-    loaded = world.estimates._load_s(ssd(total)) + world.estimates.prefill.seconds(1, total)
+    loaded = world.estimates._loads_s(ssd(total))[-1] + world.estimates.prefill.seconds(1, total)
     computed = world.estimates.prefill.seconds(total, 0)
     assert (loaded <= computed) == (decision.end == total)
 

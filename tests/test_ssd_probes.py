@@ -141,3 +141,53 @@ def test_long_prompts_of_which_the_ssd_has_only_the_end_do_not_keep_it_from_bein
         world.request(both, 4000)
         kinds.append(world.request(ssd(500), 500)[0].kind)
     assert kinds[-1] is Kind.LOAD
+
+
+def test_a_hit_that_lies_in_many_parts_of_two_tiers_makes_no_other_prompt_look_small():
+    """Of two drives one was slow: what arrived of the other is in DRAM."""
+    world = taught()
+    many = [
+        Part(16 * (number + 1), Tier.SSD if number % 2 else Tier.DRAM, 16 * TOKEN_BYTES) for number in range(200)
+    ]  # fmt: skip
+    for _ in range(CONVINCED):
+        world.request([Part(3200, Tier.DRAM, 3200 * TOKEN_BYTES)], 3200)
+    for tokens in (20, 50, 100, 200):  # short ones take more a token
+        for _ in range(3):
+            world.now += 0.1
+            world.estimates.end_prefill(0.05 + tokens * 1e-3, tokens, 0)
+    world.rate[Tier.SSD] /= 1000
+    for _ in range(3):
+        world.request(many, 3200)
+        world.request(ssd(2000), 4000)
+    assert world.estimates._usual_s[Tier.SSD] <= world.prefill_s(4000, 0)
+    world.rate[Tier.SSD] *= 1000
+    world.now += 1000.0
+    kinds = []
+    for number in range(40):
+        kinds.append(world.request(ssd(2000), 4000)[0].kind)
+        if number % 10 == 0:
+            world.request(many, 3200)
+    assert kinds[-1] is not Kind.RECOMPUTE
+
+
+def test_similar_hits_with_two_parts_on_the_ssd_have_it_probed():
+    world = taught()
+    both = [Part(1000, Tier.SSD, 1000 * TOKEN_BYTES), Part(2000, Tier.DRAM, 1000 * TOKEN_BYTES),
+            Part(4000, Tier.SSD, 2000 * TOKEN_BYTES)]  # fmt: skip
+    for _ in range(CONVINCED):
+        world.request([Part(2000, Tier.DRAM, 2000 * TOKEN_BYTES)], 2000)
+    world.rate[Tier.SSD] /= 1000
+    for _ in range(50):
+        world.request(both, 4000)
+    world.rate[Tier.SSD] *= 1000
+    world.now += 1000.0
+    assert [world.request(both, 4000)[0].kind for _ in range(10)][-1] is Kind.LOAD
+
+
+def test_one_block_of_a_drive_that_was_given_up_is_enough_to_try_it():
+    """A breaker that is half-open shows one block of a hit, and two after that."""
+    world = taught()
+    world.rate[Tier.SSD] /= 1000
+    world.request(ssd(4000), 4000)
+    world.rate[Tier.SSD] *= 1000
+    assert world.request(ssd(16), 4000)[0].probe is not None
