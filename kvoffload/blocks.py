@@ -44,6 +44,7 @@ class Block:
     __slots__ = (
         "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
         "dirty", "used", "user", "uses", "unread", "depth", "loads", "demotion", "late_before", "promoter", "late", "gone",
+        "wanted_by",
     )  # fmt: skip
 
     def __init__(self, key: BlockKey, group: int, generation: int, used: int, depth: int = 0):
@@ -58,6 +59,7 @@ class Block:
         self.dram, self.dram_slot = ABSENT, NO_SLOT
         self.ssd, self.ssd_slot = ABSENT, NO_SLOT
         self.dirty = False  # ready in DRAM and still wanted on SSD
+        self.wanted_by = ""  # the request that it was, or was last, wanted there for
         self.loads = 0  # loads in flight that read it
         self.demotion: int | None = None  # id of the demotion in flight
         self.late_before = 0  # late loads of its drive when that began

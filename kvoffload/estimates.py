@@ -183,6 +183,7 @@ class Probing:
     share: int = PROBE_SHARE
     whole_bytes: int = 0  # what would be loaded where it is probed, were it not for a probe
     saved_s: float = 0.0  # what computing that takes
+    tells: bool = True  # that is enough to say something of other loads, be it that a part of it was fast
 
     def __post_init__(self) -> None:
         self.next_at = self.since + self.pause_s
@@ -246,7 +247,7 @@ class Estimates:
                 if self._may_probe(now, Prefill.size(rest)):
                     return Decision(ends[-1], Kind.LOAD, Why.PROBE, None, max(PATIENCE_MIN_S, PATIENCE * loads[-1]))
             elif (part.tier in worth or at_once and part.tier is Tier.SSD) and self._may_probe_tier(now, part.tier, at_once):
-                end = self._note_probe(now, ends[best], part, saved[best])
+                end = self._note_probe(now, ends[best], part, saved[best], part.tier in worth)
                 if part.tier is Tier.DRAM:  # which needs a request
                     patience_s = max(SHORTEST_S, PROBE_LOSS * whole) + 2 * loads[best]
                     return Decision(end, Kind.PART, Why.PROBE, None, patience_s)
@@ -289,10 +290,10 @@ class Estimates:
                 found.add(tier)
         return found
 
-    def _note_probe(self, now: float, begin: int, part: Part, saved_s: float) -> int:
-        """Where it ends. `saved_s`: by loading the part."""
+    def _note_probe(self, now: float, begin: int, part: Part, saved_s: float, tells: bool = True) -> int:
+        """Where it ends. `saved_s`: by loading the part. `tells`: see Probing."""
         probing = self._probing.setdefault(part.tier, Probing(now))
-        probing.whole_bytes, probing.saved_s = part.nbytes, saved_s
+        probing.whole_bytes, probing.saved_s, probing.tells = part.nbytes, saved_s, tells
         return begin + max(1, (part.end - begin) // probing.share)
 
     def _learn(self, now: float, computed: int, parts: Sequence[Part], load_s: float) -> Decision:
@@ -347,6 +348,9 @@ class Estimates:
             return slowest
         self._compare("load", loading.predicted_s, seconds)
         probing, nbytes = self._probing.get(slowest), loading.queued[slowest]
+        if for_probe and arrived and probing is not None and not probing.tells:
+            probing.next_at = now  # it closed a breaker at most; the next one that tells something may follow at once
+            return slowest
         if arrived:
             # What a probe took for each byte, taken for all that it was part of, is no more than computing that: then all is well.
             well = probing is None or seconds * probing.whole_bytes <= probing.saved_s * nbytes

@@ -103,10 +103,15 @@ class Index:
                     found.append((key, block.ssd_slot))
         return found
 
+    def want_on_ssd(self, block: Block, wanted_by: str) -> None:
+        """It is to be written there, for that request."""
+        block.dirty, block.wanted_by = True, wanted_by
+        self.dirty[block.key] = block
+
     def leave_off(self, block: Block) -> None:
         """It is not written to the SSD until the next request that uses it offers it again."""
-        if len(self.left_off) >= self.dram.count:  # most have left DRAM
-            self.left_off.clear()
+        if len(self.left_off) >= 2 * self.dram.count:  # half of them at least have left DRAM
+            self.left_off &= self.blocks.keys()
         self.left_off.add(block.key)
         self.passed += 1
 

@@ -62,9 +62,8 @@ class BlockManager:
         self._ssd_slots = ssd_slots
         self._admission = admission or Admission(AdmitAll(), None, 0)
         self._selective = self._admission.selective and ssd_slots > 0
-        ghosts = self._admission.ghosts
-        dram_policy = (LRU if ssd_slots else policy)(dram_slots)  # what leaves DRAM is on SSD, so the cheapest will do
-        self._index = Index(dram_slots, ssd_slots, dram_is_tier, self._drives, journal, dram_policy, self.counters, ghosts)
+        ghosts, of_dram = self._admission.ghosts, LRU if ssd_slots else policy  # what leaves DRAM is on SSD: the cheapest will do
+        self._index = Index(dram_slots, ssd_slots, dram_is_tier, self._drives, journal, of_dram(dram_slots), self.counters, ghosts)
         self._blocks, self._ssd_slot = self._index.blocks, self._index.on_ssd.slot
         self._stores: dict[BlockKey, Block] = {}
         # By owner and key, with the drive (None: from DRAM) and how many loads from it had been late when this one began.
@@ -139,14 +138,17 @@ class BlockManager:
 
     # -- loads -------------------------------------------------------------------------------------------------
 
-    def load(self, keys: Sequence[BlockKey], owner: str, allowed: Collection[Tier] = tuple(Tier)) -> list[Placement]:
-        """Places to load `keys` from, in order, in the nearest of the allowed tiers; they stay in use until `load_done`.
+    def load(
+        self, keys: Sequence[BlockKey], owner: str, allowed: Collection[Tier] = tuple(Tier), own: Mapping[BlockKey, int] = NOTHING
+    ) -> list[Placement]:
+        """Places to load `keys` from, in order, in the nearest of the allowed tiers; they stay in use until `load_done`. `own`: see
+        `store`; what comes before `keys` is used, too, though it is in GPU memory.
 
         A block that is not held gets a placement without slots, which workers answer with a failure: vLLM asks only
         for what a lookup promised in the same step, but its recomputing is better than our raising.
         REQUIRES: `owner` has no other load of the same key in flight.
         """
-        self._use(keys, owner)  # before slots are taken: what moves in must not push out what is loaded beside it
+        self._use(sorted(own, key=own.__getitem__) or keys, owner)  # first: what moves in must not push out what is loaded with it
         placements = []
         may_move_in = self.dram_is_tier
         for key in keys:
@@ -323,8 +325,7 @@ class BlockManager:
         waiting = len(self._index.dirty)
         refusal = self._admission.refusal(block.user, block.group, block.depth, block.uses, waiting) if self._selective else ""
         if not refusal:
-            block.dirty = True
-            self._index.dirty[block.key] = block
+            self._index.want_on_ssd(block, block.user)
             return
         self.counters["kvoffload_refused_admissions_total", refusal] += 1
         if not self.dram_is_tier:
@@ -339,7 +340,7 @@ class BlockManager:
         while self._index.dirty and self._index.passed < PASSED_MAX:
             block = next(iter(self._index.dirty.values()))
             slot = None
-            if not self._admission.is_behind_hole(block.user, block.group, block.depth):
+            if not self._admission.is_behind_hole(block.wanted_by, block.group, block.depth):
                 slot = self._index.take_ssd_slot(self._drives.to_write(), block)
                 if slot == NO_SLOT:
                     break
@@ -360,7 +361,7 @@ class BlockManager:
         """Of a prompt that is longer than the tier, say: without its head it could not be loaded, and others wait behind it."""
         self.counters["kvoffload_refused_admissions_total", "own_head"] += 1
         self._index.leave_off(block)
-        self._admission.note_hole(block.user, block.group, block.depth)
+        self._admission.note_hole(block.wanted_by, block.group, block.depth)
         if not self.dram_is_tier:
             self._index.forget(block)
         self._index.settle(block)
@@ -432,8 +433,7 @@ class BlockManager:
         if not self.dram_is_tier and not (affordable and self._drives.take_stores()):
             self._index.forget(block)
         elif affordable and not block.gone:
-            block.dirty = True
-            self._index.dirty[block.key] = block
+            self._index.want_on_ssd(block, block.wanted_by)
 
     def _take_back_blocks(self, drive: Drive, late_before: int) -> None:
         """The drive answered a write: it has let go of the DRAM slots of late ones, and of late loads."""

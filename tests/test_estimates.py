@@ -353,7 +353,7 @@ def test_a_drive_that_is_slow_is_probed_beside_prompts_that_take_long_anyway():
         tokens = (250, 250, 4000)[number % 3]
         decision, _ = world.request(ssd(tokens), tokens)
         probed[tokens] += decision.probe is not None
-    assert probed[4000] >= 3 and probed[250] <= 1  # right after it was given up by whatever prompt comes, for nobody waits
+    assert probed[4000] >= 3 and probed[250] <= 2  # after it was given up, until a long one comes: nobody waits for it
     world.rate[Tier.SSD] *= 100
     world.now += 1000.0
     for tokens in (250, 4000, 4000):

@@ -191,3 +191,15 @@ def test_one_block_of_a_drive_that_was_given_up_is_enough_to_try_it():
     world.request(ssd(4000), 4000)
     world.rate[Tier.SSD] *= 1000
     assert world.request(ssd(16), 4000)[0].probe is not None
+
+
+def test_one_fast_block_clears_no_suspicion_that_a_large_load_raised():
+    """Of two drives one is slow, and the block was the other's."""
+    world = taught()
+    world.rate[Tier.SSD] /= 1000
+    world.request(ssd(4000), 4000)
+    decision = world.decide(ssd(256), 4000)
+    world.estimates.end_probe(world.estimates.begin_probe(world.now, 16 * TOKEN_BYTES), 0.001, True, False)
+    world.now += 0.1
+    assert decision.probe is not None and Tier.SSD in world.estimates._suspects
+    assert world.request(ssd(4000), 4000)[0].probe is not None, "one that tells more follows at once"

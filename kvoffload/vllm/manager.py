@@ -275,7 +275,8 @@ class ManagerAdapter(OffloadingManager):
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> SlotSpec:
         notes = self._notes(req_context)
         own_keys = notes.own_keys(keys)
-        placements = self._core.load(own_keys, req_context.req_id, self._allowed(req_context, notes))
+        own = notes.own_positions(req_context)
+        placements = self._core.load(own_keys, req_context.req_id, self._allowed(req_context, notes), own)
         tiers = Counter(place.source for place in placements if place.source is not None)
         for tier, blocks in tiers.items():
             self._core.counters["kvoffload_hit_blocks_total", tier.value] += blocks
