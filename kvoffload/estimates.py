@@ -281,9 +281,11 @@ class Estimates:
     def _worth_probing(self, whole_s: float, saved: Sequence[float], parts: Sequence[Part], again: bool) -> set[Tier]:
         """Tiers that have about as much of this prompt as they usually have: beside less a probe is much, and a small load says
         little of large ones."""
-        found = set()
-        for tier in {part.tier for part in parts}:
-            saved_s = min(whole_s, sum(of_part for of_part, part in zip(saved, parts, strict=True) if part.tier is tier))
+        found, by_tier = set(), Counter[Tier]()
+        for of_part, part in zip(saved, parts, strict=True):
+            by_tier[part.tier] += of_part
+        for tier, of_parts in by_tier.items():
+            saved_s = min(whole_s, of_parts)
             if not again:
                 self._usual_s[tier] += (1 - FORGETTING) * (saved_s - self._usual_s[tier])
             if saved_s >= USUAL * self._usual_s[tier]:

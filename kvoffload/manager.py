@@ -369,10 +369,10 @@ class BlockManager:
     def _plan_trials(self) -> list[Demotion]:
         demotions = []
         for drive in self._drives.to_write():
-            affordable = self._admission.affords(len(self._index.dirty))
-            block = drive.next_trial() if affordable else None
-            slot = self._index.take_ssd_slot([drive], block) if block is not None else None
-            if block is not None and slot is not None and slot != NO_SLOT:
+            if not self._admission.affords(len(self._index.dirty)) or (block := drive.next_trial()) is None:
+                continue
+            slot = self._index.take_ssd_slot([drive], block)
+            if slot is not None and slot != NO_SLOT:
                 demotions.append(self._demote(block, slot))
         return demotions
 

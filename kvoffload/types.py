@@ -133,18 +133,15 @@ class TransferPlan:
 
 LATE = (errno.ETIME, errno.ETIMEDOUT)
 """Of a load: its memory is still in use. ETIMEDOUT, the drive should have answered; ETIME, it is slow."""
-NOT_OF_BLOCK = (errno.ECANCELED, errno.EREMOTEIO, *LATE)  # say nothing against the block
+# Say nothing against the block; with what each weighs where ranks differ, all others weighing DAMAGE.
+NOT_OF_BLOCK, DAMAGE = {errno.ECANCELED: 0, errno.EREMOTEIO: 1, errno.ETIME: 3, errno.ETIMEDOUT: 4}, 2
 
 
 def add_errors(to: dict[BlockKey, int], errors: dict[BlockKey, int]) -> None:
     """Adds what another rank says. Of two errnos for a block lateness stays, for memory that is in use must not be given away
     whatever others say; then damage, then a GPU's failure, then not having been tried."""
-
-    def weight(error: int) -> int:
-        return NOT_OF_BLOCK.index(error) if error in NOT_OF_BLOCK[:2] else 3 + LATE.index(error) if error in LATE else 2
-
     for key, error in errors.items():
-        to[key] = max(error, to.get(key, error), key=weight)
+        to[key] = max(error, to.get(key, error), key=lambda each: NOT_OF_BLOCK.get(each, DAMAGE))
 
 
 def add_write_error(to: dict[int, int], demotion: int, error: int) -> None:

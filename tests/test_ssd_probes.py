@@ -4,7 +4,7 @@ import pytest
 
 from kvoffload.estimates import CONVINCED, PROBE_S, Kind, Part, Probing
 from kvoffload.types import Tier
-from tests.test_estimates import TOKEN_BYTES, probes, ssd, taught
+from tests.test_estimates import TOKEN_BYTES, World, probes, ssd, taught
 
 
 def test_where_loads_wait_for_more_than_the_drive_probes_do_not_bring_them_back_again_and_again():
@@ -85,6 +85,14 @@ def test_a_slow_drive_is_not_probed_without_a_pause_though_whole_probes_are_quic
     assert 3 <= probed <= 7, "in five minutes"
 
 
+def last_of_short_ones(world: World, beside: list[Part]) -> Kind:
+    """What the last of twenty short prompts on SSD gets that take turns with long ones."""
+    for _ in range(20):
+        world.request(beside, 4000)
+        decision, _ = world.request(ssd(500), 500)
+    return decision.kind
+
+
 def test_a_drive_of_which_short_prompts_load_is_probed_beside_them_though_long_ones_load_from_dram():
     world = taught()
     long = [Part(4000, Tier.DRAM, 4000 * TOKEN_BYTES)]
@@ -96,11 +104,7 @@ def test_a_drive_of_which_short_prompts_load_is_probed_beside_them_though_long_o
         world.request(ssd(500), 500)
     world.rate[Tier.SSD] *= 100
     world.now += 1000.0
-    kinds = []
-    for _ in range(20):
-        world.request(long, 4000)
-        kinds.append(world.request(ssd(500), 500)[0].kind)
-    assert kinds[-1] is Kind.LOAD
+    assert last_of_short_ones(world, beside=long) is Kind.LOAD
 
 
 @pytest.mark.parametrize("seen", [[5.0], [3.0, 3.0], [10.0] * 3])
@@ -136,11 +140,7 @@ def test_long_prompts_of_which_the_ssd_has_only_the_end_do_not_keep_it_from_bein
     assert probed >= 2
     world.rate[Tier.SSD] *= 100
     world.now += 1000.0
-    kinds = []
-    for _ in range(20):
-        world.request(both, 4000)
-        kinds.append(world.request(ssd(500), 500)[0].kind)
-    assert kinds[-1] is Kind.LOAD
+    assert last_of_short_ones(world, beside=both) is Kind.LOAD
 
 
 def test_a_hit_that_lies_in_many_parts_of_two_tiers_makes_no_other_prompt_look_small():

@@ -11,8 +11,8 @@ from kvoffload.errors import UserError
 from kvoffload.types import BlockKey
 
 MOONCAKE_TOKENS = 512  # in a block of the traces published with Mooncake
-TIME_MAX = 1e15
 BAILIAN_TOKENS = 16  # in one of those that Alibaba's Bailian (qwen-bailian) publishes; their requests name a chat
+TIME_MAX = 1e15  # of a timestamp, in either unit
 
 
 class Trace(NamedTuple):
