@@ -3,7 +3,7 @@
 An engine with kvoffload takes turns with it switched on and off, for two engines that are started alike differ by more than what
 is looked for; how far, one that never had it shows. Every prompt is new; when it is on, every block is copied out and written
 to the SSD. Ratios are of the turns of one round, so that what the machine does meanwhile cancels out. Beside them: what share of
-the time vLLM spends in the connector's calls.
+the time vLLM spends in the connector's calls, and how long they take in a step, which does not depend on how long steps are.
 
     python -m benchmarks.bench_zero_hit [--folder PATH] [--rounds 40] [--prompts 8] [--tokens 1000]
 """
@@ -24,9 +24,10 @@ from tiny_models import VOCABULARY, make  # noqa: E402 - found by the line above
 from vllm_process import ENGINE_DEFAULTS, VllmProcess, transfer_config  # noqa: E402
 
 from benchmarks.resampling import likely  # noqa: E402
-from benchmarks.timed_connector import STOPPED, VARIABLE, Switch, TimedConnector, call_seconds  # noqa: E402
+from benchmarks.timed_connector import STOPPED, VARIABLE, Switch, TimedConnector, call_times  # noqa: E402
 
 GOAL = 0.99
+STEP = "build_connector_meta"  # once in each
 ON, OFF, WITHOUT = "with", "switched off", "without"
 REST_S = 0.5  # after a turn, awake and outside its time: what it left in flight ends
 ANSWER_TOKENS, CONCURRENCY = 16, 4
@@ -36,11 +37,12 @@ DRAM_GB, SSD_GB = 1.0, 4.0
 
 @dataclass
 class Found:
-    """Tokens per second of each turn; of those with kvoffload also how long they took together, and by role and call the seconds
-    of those in the connector."""
+    """Tokens per second of each turn; of those with kvoffload also how long they took together, in how many steps, and by role and
+    call the seconds of those in the connector."""
 
     rates: dict[str, list[float]]
     turn_s: float
+    steps: int
     call_s: dict[str, dict[str, float]]
 
 
@@ -74,14 +76,17 @@ def measure(folder: Path, rounds: int, prompts: int, tokens: int, seed: int) -> 
         for engine in engines.values():
             turn(engine, rng, prompts, tokens)  # the first long prompts of a process are slower
         taken: dict[str, list[float]] = {name: [] for name in engines}
-        before = call_seconds(times)
+        before = call_times(times)
         for number in range(rounds):
             for name in random.Random(number).sample(list(engines), len(engines)):
                 switch.turn(name == ON)
                 taken[name].append(turn(engines[name], rng, prompts, tokens))
         switch.turn(True)
-        after = call_seconds(times)
-        spent = {role: {name: seconds - before[role][name] for name, seconds in calls.items()} for role, calls in after.items()}
+        after = call_times(times)
+        spent = {
+            role: {name: of.seconds - before[role][name].seconds for name, of in calls.items()} for role, calls in after.items()
+        }
+        steps = after["scheduler"][STEP].calls - before["scheduler"][STEP].calls
         with offloads.awake():
             metrics = offloads.metrics()
         stored = metrics.sum("kvoffload_stored_blocks_total")
@@ -91,7 +96,7 @@ def measure(folder: Path, rounds: int, prompts: int, tokens: int, seed: int) -> 
             engine.kill9()  # a stopped one would not end in order
     batch_tokens = prompts * (tokens + ANSWER_TOKENS)
     rates = {name: [batch_tokens / seconds for seconds in turns] for name, turns in taken.items()}
-    return Found(rates, sum(taken[ON]), spent)
+    return Found(rates, sum(taken[ON]), steps, spent)
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, str]:
@@ -127,7 +132,8 @@ def main() -> None:
     for role, calls in sorted(found.call_s.items()):
         seconds = {name: taken for name, taken in calls.items() if name != STOPPED}
         most = max(seconds, key=seconds.__getitem__)
-        shown = f"{sum(seconds.values()) / found.turn_s:.2%} ({most} {seconds[most] / found.turn_s:.2%})"
+        share, of_most = sum(seconds.values()) / found.turn_s, seconds[most] / found.turn_s
+        shown = f"{share:.2%} ({most} {of_most:.2%}), {1e3 * sum(seconds.values()) / found.steps:.2f} ms a step"
         print(f"| share of the time in the connector's calls, {role} | {shown} |")
     Path("build/bench_zero_hit.json").write_text(json.dumps(asdict(found), indent=2) + "\n")
 

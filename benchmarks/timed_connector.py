@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 
@@ -117,11 +117,17 @@ for _name in CALLS:
         setattr(TimedConnector, _name, _watched(_name))
 
 
-def call_seconds(path: Path) -> dict[str, dict[str, float]]:
+class Taken(NamedTuple):
+    seconds: float = 0.0
+    calls: int = 0
+
+
+def call_times(path: Path) -> dict[str, dict[str, Taken]]:
     """What all processes wrote so far, by role and call."""
-    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    found: dict[str, dict[str, Taken]] = defaultdict(lambda: defaultdict(Taken))
     for file in path.parent.glob(f"{path.name}.*.*"):
         role = file.name.removeprefix(path.name).split(".")[1]
-        for name, (taken, _) in json.loads(file.read_text()).items():
-            seconds[role][name] += taken
-    return seconds
+        for name, (seconds, calls) in json.loads(file.read_text()).items():
+            before = found[role][name]
+            found[role][name] = Taken(before.seconds + seconds, before.calls + calls)
+    return found

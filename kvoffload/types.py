@@ -128,7 +128,7 @@ class TransferPlan:
     probes: tuple[ProbeRead, ...] = ()
 
     def __bool__(self) -> bool:
-        return self != TransferPlan()
+        return any(vars(self).values())
 
 
 LATE = (errno.ETIME, errno.ETIMEDOUT)
@@ -163,7 +163,7 @@ class TransferReport:
     latencies: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds of transfers, some of many
 
     def __bool__(self) -> bool:
-        return self != TransferReport()
+        return any(vars(self).values())
 
     def add(self, other: "TransferReport") -> None:
         for number, ranks in other.demoted.items():

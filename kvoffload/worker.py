@@ -249,7 +249,7 @@ class Worker:
 
     def poll(self) -> None:
         """Takes in what the engine has completed and gives it what it has room for. Never blocks."""
-        while True:
+        while self._pending:
             done = self._engine.poll(BATCH_MAX)
             for number, status, usec in done.tolist():
                 pending = self._pending[number]
@@ -291,6 +291,8 @@ class Worker:
 
     def _push_from(self, batches: deque[Batch], most: int | None = None, reads: bool = False) -> None:
         """`most`: loads of this kind in the engine, if these are loads."""
+        if not batches:
+            return
         now = time.monotonic()
         for batch in [batch for batch in batches if batch.deadline <= now]:
             self._give_up(batches, batch, errno.ECANCELED)  # never tried, which says nothing about the drive

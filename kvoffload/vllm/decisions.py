@@ -211,6 +211,11 @@ class Decisions:
         if prefilling is not None:
             self._estimates.end_prefill(now - prefilling.begun, prefilling.tokens, prefilling.context)
 
+    @property
+    def has_requests(self) -> bool:
+        """Whether one has not ended."""
+        return bool(self._requests)
+
     def gauges(self) -> Iterable[tuple[tuple[str, ...], float]]:
         seconds = self._estimates.prefill.seconds(SHOWN_TOKENS, 0)
         if seconds:

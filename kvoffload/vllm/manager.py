@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EXPORT_S = 0.25  # between metrics, while requests are at work: gathering them at each step took more than all else in it
+
 
 def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
     """ConfigError if the DRAM tier would be of no use, or is more than this machine has."""
@@ -92,6 +94,7 @@ class ManagerAdapter(OffloadingManager):
         self._contexts: dict[str, ReqContext] = {}  # of requests that have not ended
         self._life = b""
         self._reported: dict[tuple[str, ...], float] = {}
+        self._export_at = 0.0
         # Of transfers since they were exported last, by direction; the latest, for vLLM may never ask (--disable-log-stats).
         self._latencies: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=OBSERVATIONS_MAX))
         self._core = BlockManager(0, 0, 1, NoJournal(), block_bytes=0)
@@ -413,8 +416,11 @@ class ManagerAdapter(OffloadingManager):
             self._latencies[direction].extend(seconds)
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        if not self._settings.enabled:
+        """What changed since the last of them. The step in which the last request ends has all, for none may follow it."""
+        now = time.monotonic()
+        if not self._settings.enabled or self._decisions.has_requests and now < self._export_at:
             return None
+        self._export_at = now + EXPORT_S
         stats = OffloadingConnectorStats()
         if not self._reported:
             for name, *labels in zeros():

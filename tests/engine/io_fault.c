@@ -14,7 +14,9 @@
 #include "pump.h"
 
 #define SECTOR 512u
-#define SLICE_US 1000u /* how often it is looked after what waits */
+#define SLICE_US 1000u       /* how often it is looked after what waits */
+#define LONG_SLICE_US 10000u /* the same if that waits for long: each look takes time from what a benchmark measures */
+#define LONG_US 1000000u
 
 kvo_drives *__real_kvo_io_uring_open(uint32_t depth, int kick_fd, char *reason, uint32_t reason_bytes);
 kvo_drives *__real_kvo_io_threads_open(uint32_t depth, int kick_fd);
@@ -339,11 +341,15 @@ static kvo_io *drives_reap(kvo_drives *face) {
 /* The pump waits for all drives and copies by this one's. */
 static void drives_wait(kvo_drives *face, uint64_t timeout_us) {
     faulty_drives *self = (faulty_drives *)face;
-    uint64_t waiting = 0;
+    uint64_t slice_us = timeout_us;
     __atomic_store_n(&self->plan->turned, self->passed, __ATOMIC_SEQ_CST);
     count(&self->plan->overdue, (int64_t)count_overdue(self->awoke, timeout_us));
-    for (int i = 0; i < FAULTY_KINDS; i++) waiting += __atomic_load_n(&self->plan->kinds[i].waiting, __ATOMIC_SEQ_CST);
-    self->drives->wait(self->drives, waiting > 0 && timeout_us > SLICE_US ? SLICE_US : timeout_us);
+    for (int i = 0; i < FAULTY_KINDS; i++) {
+        const fault_kind *kind = &self->plan->kinds[i];
+        uint64_t most_us = kind->stall_us < LONG_US ? SLICE_US : LONG_SLICE_US;
+        if (__atomic_load_n(&kind->waiting, __ATOMIC_SEQ_CST) > 0 && most_us < slice_us) slice_us = most_us;
+    }
+    self->drives->wait(self->drives, slice_us);
     self->awoke = kvo_now_us();
 }
 
