@@ -27,6 +27,7 @@ class Text(NamedTuple):
 class Prompt(NamedTuple):
     second: float
     texts: tuple[Text, ...]
+    answer: int = 0  # tokens; 0: not said
 
 
 def keys_of(texts: tuple[Text, ...], block_tokens: int) -> list[BlockKey]:
@@ -49,8 +50,9 @@ def keys_of(texts: tuple[Text, ...], block_tokens: int) -> list[BlockKey]:
 def trace_of(prompts: list[Prompt], block_tokens: int = LONG) -> Trace:
     """In the order in which they come; those shorter than a block are left out."""
     prompts = sorted(prompts, key=lambda prompt: prompt.second)
-    requests = [(keys_of(prompt.texts, block_tokens), prompt.second) for prompt in prompts]
-    return Trace([keys for keys, _ in requests if keys], [second for keys, second in requests if keys], block_tokens)
+    requests = [(keys_of(prompt.texts, block_tokens), prompt.second, prompt.answer) for prompt in prompts]
+    keys, seconds, answers = (list(column) for column in zip(*(each for each in requests if each[0]), strict=True))
+    return Trace(keys, seconds, block_tokens, answers)
 
 
 def tokens(rng: Random, median: float, spread: float = 0.8) -> int:
@@ -74,8 +76,9 @@ def conversations(rng: Random, count: int, span: float) -> list[Prompt]:
         second, texts, goes_on = rng.uniform(0, span), (systems[next(kinds)],), True
         while goes_on and second < span:
             texts += (Text(f"question {chat} {len(texts)}", tokens(rng, 150, 1)),)
-            prompts.append(Prompt(second, texts))
-            texts += (Text(f"answer {chat} {len(texts)}", tokens(rng, 300)),)
+            answer = Text(f"answer {chat} {len(texts)}", tokens(rng, 300))
+            prompts.append(Prompt(second, texts, answer.tokens))
+            texts += (answer,)
             second += rng.expovariate(1 / (30 * 60)) if rng.random() < 0.1 else 60 * rng.lognormvariate(0, 0.8)
             goes_on = rng.random() < 0.8
     return prompts
@@ -90,8 +93,9 @@ def agent_runs(rng: Random, count: int, span: float) -> list[Prompt]:
         second, texts = rng.uniform(0, span), (rng.choice(systems), Text(f"task {agent}", tokens(rng, 600)))
         steps, step = rng.randint(2, 38), 0
         while step < steps and second < span:
-            prompts.append(Prompt(second, texts))
-            texts += (Text(f"call {agent} {step}", tokens(rng, 120)), Text(f"result {agent} {step}", tokens(rng, 600, 1)))
+            call = Text(f"call {agent} {step}", tokens(rng, 120))
+            prompts.append(Prompt(second, texts, call.tokens))
+            texts += (call, Text(f"result {agent} {step}", tokens(rng, 600, 1)))
             second += rng.expovariate(1 / 600 if rng.random() < 0.05 else 1 / 20)
             step += 1
     return prompts
@@ -190,5 +194,7 @@ def generated(name: str, seed: int, size: float = 1.0) -> Trace:
 def halves(trace: Trace) -> tuple[Trace, Trace]:
     """As if each were all that came."""
     middle = len(trace.requests) // 2
-    first = Trace(trace.requests[:middle], trace.seconds[:middle], trace.block_tokens)
-    return first, Trace(trace.requests[middle:], trace.seconds[middle:], trace.block_tokens)
+    return tuple(
+        Trace(trace.requests[part], trace.seconds[part], trace.block_tokens, trace.answers[part])
+        for part in (slice(middle), slice(middle, None))
+    )

@@ -45,14 +45,14 @@ class AgeHeaps:
 
     def put(self, frame: int, used: int, level: int, /) -> None:
         """The frame is there from now on, or is there with another time or level. IndexError if there is no such frame, or level:
-        there are 128. MemoryError."""
+        there are 256. MemoryError."""
 
     def drop(self, frame: int, /) -> None:
         """The frame is not there any more. Nothing if it was not. IndexError if there is no such frame."""
 
-    def least(self, level_worth: float, half_life: float, /) -> int | None:
-        """The frame of which `level * level_worth + used / half_life` is least, of the same age the first; it stays. None if there
-        is none."""
+    def least(self, worths: Buffer, half_life: float, /) -> int | None:
+        """The frame of which `worths[level] + used / half_life` is least, of the same age the first; it stays. None if there is
+        none. `worths`: 256 f64, or ValueError."""
 
     def fill(self, frames: Buffer, used: Buffer, /) -> None:
         """`put` at level 0 for each of many: i64, i64. ValueError if they do not fit or any is there."""

@@ -44,7 +44,7 @@ class Block:
     __slots__ = (
         "key", "group", "generation", "dram", "dram_slot", "ssd", "ssd_slot",
         "dirty", "used", "user", "uses", "unread", "depth", "loads", "demotion", "late_before", "promoter", "late", "gone",
-        "wanted_by",
+        "wanted_by", "answer",
     )  # fmt: skip
 
     def __init__(self, key: BlockKey, group: int, generation: int, used: int, depth: int = 0):
@@ -53,6 +53,7 @@ class Block:
         self.generation = generation
         self.used = used  # when it was last used, on the manager's counter
         self.user = ""  # the request that used it last
+        self.answer = 0  # tokens that it was answered with; 0 while that is not known
         self.uses = 1  # requests that are known to have used it; counted where admission asks
         self.unread = False  # written to the SSD and not read from there since
         self.depth = depth  # how far behind in that request; 0 also when it is not known

@@ -76,9 +76,9 @@ class Index:
             return self.on_ssd.slot(key)
         return block.ssd_slot if block.ssd is READY else None
 
-    def use(self, keys: Sequence[BlockKey], owner: str) -> list[tuple[BlockKey, int]]:
-        """Notes that the request used those of `keys` there are just now, the last one first. Those ready on SSD are returned,
-        with their slots."""
+    def use(self, keys: Sequence[BlockKey], owner: str, answer: int) -> list[tuple[BlockKey, int]]:
+        """Notes that the request used those of `keys` there are just now, the last one first. `answer`: as policies are told.
+        Those ready on SSD are returned, with their slots."""
         found = []
         blocks, on_ssd = self.blocks, self.on_ssd
         for key in reversed(keys):
@@ -88,17 +88,17 @@ class Index:
                 if slot is not None:
                     now = self.tick()
                     policy, frame = self.drives.frame(slot)
-                    policy.use(frame, key, now, on_ssd.use(slot, now, owner))
+                    policy.use(frame, key, now, on_ssd.use(slot, now, owner), answer)
                     found.append((key, slot))
                 continue
             now = block.used = self.tick()
             again = block.user == owner
-            block.user = owner
+            block.user, block.answer = owner, answer
             if block.dram is not ABSENT:
-                self.dram_policy.use(block.dram_slot, key, now, again)
+                self.dram_policy.use(block.dram_slot, key, now, again, answer)
             if block.ssd is not ABSENT:
                 policy, frame = self.drives.frame(block.ssd_slot)
-                policy.use(frame, key, now, again)
+                policy.use(frame, key, now, again, answer)
                 if block.ssd is READY:
                     found.append((key, block.ssd_slot))
         return found
@@ -199,7 +199,7 @@ class Index:
     def enter_dram(self, block: Block) -> None:
         """The block came into its DRAM slot, and is held."""
         self._in_dram[block.dram_slot] = block
-        self.dram_policy.enter(block.dram_slot, block.key, block.used, block.depth)
+        self.dram_policy.enter(block.dram_slot, block.key, block.used, block.answer)
 
     def drop_dram(self, block: Block) -> None:
         if block.dram is READY:

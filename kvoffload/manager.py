@@ -296,22 +296,22 @@ class BlockManager:
                 self._offer(block)
             self._index.settle(block)
 
-    def touch(self, keys: Sequence[BlockKey], owner: str) -> None:
-        """The request used the blocks, all that it has in prefix order, just now. Eviction takes the tail of a prefix before
-        its head."""
-        on_ssd = self._use(keys, owner)
+    def touch(self, keys: Sequence[BlockKey], owner: str, answer: int = 0) -> None:
+        """The request used the blocks, all that it has in prefix order, just now, and was answered with so many tokens. Eviction
+        takes the tail of a prefix before its head."""
+        on_ssd = self._use(keys, owner, answer)
         if on_ssd:
             self._journal.touch(on_ssd)
 
-    def _use(self, keys: Sequence[BlockKey], owner: str) -> list[tuple[BlockKey, int]]:
+    def _use(self, keys: Sequence[BlockKey], owner: str, answer: int = 0) -> list[tuple[BlockKey, int]]:
         """`Index.use`. Blocks that the SSD lacks are offered to it again if another request used them before: those that were left
         off, and all if admission selects."""
         blocks, left_off = self._blocks, self._index.left_off
         if not (self._selective or left_off):
-            return self._index.use(keys, owner)
+            return self._index.use(keys, owner, answer)
         may_come = keys if self._selective else [key for key in keys if key in left_off]
         again = [block for key in may_come if (block := blocks.get(key)) is not None and block.user != owner]
-        used = self._index.use(keys, owner)
+        used = self._index.use(keys, owner, answer)
         for block in again:
             left_off.discard(block.key)
             block.uses += 1
@@ -354,7 +354,7 @@ class BlockManager:
             block = self._demotions.block(demotion.id)
             if not block.gone:
                 policy, frame = self._drives.frame(block.ssd_slot)
-                policy.enter(frame, block.key, block.used, block.depth)
+                policy.enter(frame, block.key, block.used, block.answer)
         return demotions
 
     def _leave_off(self, block: Block) -> None:

@@ -87,7 +87,7 @@ def test_admission_that_knows_writes_what_is_used_again_and_first_what_is_used_m
     once = [[b"once %d" % number] for number in range(60)]
     often, twice = [[b"often"]] * 10, [[b"twice"]] * 2
     requests = [[b"head", *request] for request in twice + often + once]
-    trace = Trace(requests, [0.0] * len(requests), 16)
+    trace = Trace(requests, [0.0] * len(requests), 16, [0] * len(requests))
     assert (knowing(trace, 0, 99, 1).written, knowing(trace, 0, 99, 1).hits) == (1, 71)
     assert (knowing(trace, 0, 99, 2).written, knowing(trace, 0, 99, 2).hits) == (2, 71 + 9)
     assert (knowing(trace, 0, 99, 63).written, knowing(trace, 0, 99, 63).hits) == (3, 71 + 9 + 1)

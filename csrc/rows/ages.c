@@ -9,7 +9,7 @@
 
 #include "rows.h"
 
-#define LEVELS 128
+#define LEVELS 256
 #define FRAMES_MAX (UINT32_C(1) << 30)
 #define ROOM_MIN 16
 
@@ -150,23 +150,33 @@ static PyObject *ages_drop(AgeHeaps *self, PyObject *number) {
     Py_RETURN_NONE;
 }
 
-static PyObject *ages_least(AgeHeaps *self, PyObject *const *arguments, Py_ssize_t count) {
-    if (count != 2) return PyErr_Format(PyExc_TypeError, "least takes the worth of a level and a half-life");
-    double level_worth = PyFloat_AsDouble(arguments[0]);
-    if (PyErr_Occurred()) return NULL;
-    double half_life = PyFloat_AsDouble(arguments[1]);
-    if (PyErr_Occurred()) return NULL;
+static const Entry *least(const AgeHeaps *self, const double *worths, double half_life) {
     const Entry *found = NULL;
     double least = 0;
     for (int level = 0; level < LEVELS; level++) {
         const Heap *heap = &self->heaps[level];
         if (heap->count == 0) continue;
-        double worth = level * level_worth + (double)heap->entries[0].used / half_life;
+        double worth = worths[level] + (double)heap->entries[0].used / half_life;
         if (found == NULL || worth < least) {
             found = &heap->entries[0];
             least = worth;
         }
     }
+    return found;
+}
+
+static PyObject *ages_least(AgeHeaps *self, PyObject *const *arguments, Py_ssize_t count) {
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "least takes the worths of levels and a half-life");
+    double half_life = PyFloat_AsDouble(arguments[1]);
+    if (PyErr_Occurred()) return NULL;
+    Py_buffer worths;
+    if (PyObject_GetBuffer(arguments[0], &worths, PyBUF_C_CONTIGUOUS) != 0) return NULL;
+    if (worths.len != LEVELS * (Py_ssize_t)sizeof(double)) {
+        PyBuffer_Release(&worths);
+        return PyErr_Format(PyExc_ValueError, "the worths of %d levels are as many doubles", LEVELS);
+    }
+    const Entry *found = least(self, worths.buf, half_life);
+    PyBuffer_Release(&worths);
     if (found == NULL) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(found->frame);
 }

@@ -54,8 +54,8 @@ class Replay:
         self._unread: set[BlockKey] = set()  # written to SSD and not read since
         self._number = 0
 
-    def request(self, keys: Sequence[BlockKey], second: float = 0.0) -> None:
-        """`second`: of the trace, when it came."""
+    def request(self, keys: Sequence[BlockKey], second: float = 0.0, answer: int = 0) -> None:
+        """`second`: of the trace, when it came. `answer`: tokens that it was answered with; 0: not known."""
         self._now = max(self._now, second)
         manager, result, owner = self._manager, self.result, str(self._number)
         self._number += 1
@@ -81,7 +81,7 @@ class Replay:
             manager.store_done(placed)
             self._demote()
             rest = rest[rest.index(placed[-1]) + 1 :] if placed and stored.dropped else []
-        manager.touch(keys, owner)
+        manager.touch(keys, owner, answer)
         manager.end_step()
         result.refused = sum(count for name, count in manager.counters.items() if name[0] == "kvoffload_refused_admissions_total")
         result.evictions = {tier: manager.counters["kvoffload_evictions_total", tier.value] for tier in Tier}

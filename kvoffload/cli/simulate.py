@@ -81,9 +81,9 @@ def simulate(
 
 def run(trace: Trace, name: str, replay: Replay) -> Result:
     console = Console(stderr=True)
-    requests = list(zip(trace.requests, trace.seconds, strict=True))
-    for request, second in track(requests, name, console=console, transient=True, disable=not console.is_terminal):
-        replay.request(request, second)
+    requests = list(zip(trace.requests, trace.seconds, trace.answers, strict=True))
+    for request, second, answer in track(requests, name, console=console, transient=True, disable=not console.is_terminal):
+        replay.request(request, second, answer)
     return replay.result
 
 

@@ -19,6 +19,7 @@ class Trace(NamedTuple):
     requests: list[list[BlockKey]]  # each the blocks of its prompt in prefix order
     seconds: list[float]  # when each came; 0 where the trace does not tell
     block_tokens: int
+    answers: list[int]  # tokens that each was answered with; 0 where the trace does not tell
 
     @property
     def blocks(self) -> int:
@@ -35,7 +36,7 @@ def read(file: Path, limit: int | None = None) -> Trace:
     Bailian's seconds. A number is taken for a block together with those before it, as vLLM's hashes are of all tokens up to the
     block's end, whether or not the trace's numbers are."""
     keys: dict[tuple[BlockKey, int], BlockKey] = {}  # by the block before, and the number
-    requests, seconds = [], []
+    requests, seconds, answers = [], [], []
     block_tokens, ticks = MOONCAKE_TOKENS, 1e-3
     for number, row in islice(_rows(file), limit):
         ids = row.get("hash_ids")
@@ -48,9 +49,11 @@ def read(file: Path, limit: int | None = None) -> Trace:
             raise UserError(f"{file}, line {number}: timestamp {came!r:.40} is no time; give a Mooncake or Bailian trace")
         requests.append(_chain(keys, ids))
         seconds.append(came * ticks)
+        answer = row.get("output_length", 0)
+        answers.append(answer if type(answer) is int and answer > 0 else 0)
     if not any(requests):
         raise UserError(f"{file} holds no requests with blocks; give a trace in JSON lines")
-    return Trace(requests, seconds, block_tokens)
+    return Trace(requests, seconds, block_tokens, answers)
 
 
 def _chain(keys: dict[tuple[BlockKey, int], BlockKey], ids: list[int]) -> list[BlockKey]:

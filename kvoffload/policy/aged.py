@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvoffload._rows import AgeHeaps
-from kvoffload.policy.levels import least
+from kvoffload.policy.levels import least, plain_worths
 from kvoffload.types import BlockKey
 
 PASSED_MAX = 256  # spared frames in a row, before nothing is evicted: each slot that is asked for would pass over all of them again
@@ -23,9 +23,10 @@ class Aged(ABC):
         self._used = array("Q", bytes(8 * capacity))  # 0: the frame is empty
         self._level = bytearray(capacity)
         self._evictable = AgeHeaps(capacity)
+        self._worths = plain_worths()
 
     @abstractmethod
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None: ...
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None: ...
 
     @abstractmethod
     def half_life(self) -> float:
@@ -34,11 +35,11 @@ class Aged(ABC):
     def victim(self, spared: Callable[[int], bool]) -> int | None:
         evictable, half_life = self._evictable, self.half_life()
         passed: list[int] = []
-        frame = least(evictable, half_life)
+        frame = least(evictable, self._worths, half_life)
         while frame is not None and len(passed) < PASSED_MAX and spared(frame):
             passed.append(frame)
             evictable.drop(frame)
-            frame = least(evictable, half_life)
+            frame = least(evictable, self._worths, half_life)
         for other in passed:
             self.release(other)
         return frame if len(passed) < PASSED_MAX else None

@@ -24,7 +24,7 @@ class ARC(Holding):
         self._lost_once: OrderedDict[BlockKey, None] = OrderedDict()
         self._lost_often: OrderedDict[BlockKey, None] = OrderedDict()
 
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None:
         once, often = len(self._lost_once), len(self._lost_often)
         queue = self._often
         if key in self._lost_once:
@@ -39,7 +39,7 @@ class ARC(Holding):
         self._where[frame] = queue
         self._held.add(frame)
 
-    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+    def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         queue = self._where[frame]
         target = queue if again else self._often
         del queue[frame]

@@ -18,16 +18,17 @@ class EvictionPolicy(Protocol):
     first, so that a prefix can lose its tail before its head.
     """
 
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
-        """The block came into the frame and is held. `used`: when it was last used, which may be long ago. `depth`: its place
-        in its request, from 0; 0 also when that is not known. REQUIRES: the frame is empty."""
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None:
+        """The block came into the frame and is held. `used`: when it was last used, which may be long ago. `answer`: tokens that
+        the request which used it then was answered with; 0 while, or if, that is not known. REQUIRES: the frame is empty."""
 
     def recover(self, frames: NDArray[np.int64], used: NDArray[np.int64]) -> None:
         """What was found at start, each block with when it was last used, in that order; none is held. REQUIRES: all frames are
         empty."""
 
-    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
-        """A request uses the block; `again`: the one that used it last. REQUIRES: it is there."""
+    def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
+        """A request uses the block; `again`: the one that used it last. `answer`: see `enter`; it is known when the request ends,
+        which is such a use. REQUIRES: it is there."""
 
     def hold(self, frame: int) -> None:
         """The block may not be evicted. Nothing if it is held already or the frame is empty."""

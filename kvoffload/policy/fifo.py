@@ -14,12 +14,12 @@ class FIFO(Holding):
         super().__init__()
         self._queue: OrderedDict[int, int] = OrderedDict()  # a dict finds its first key slowly once many before it left
 
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None:
         self._queue[frame] = 0
         self._where[frame] = self._queue
         self._held.add(frame)
 
-    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+    def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         pass
 
     def victim(self, spared: Callable[[int], bool]) -> int | None:

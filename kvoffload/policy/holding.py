@@ -17,7 +17,7 @@ class Holding(ABC):
         self._where: dict[int, MutableMapping[int, int]] = {}  # the queue each frame's block is in
 
     @abstractmethod
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None: ...
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None: ...
 
     def recover(self, frames: NDArray[np.int64], used: NDArray[np.int64]) -> None:
         for frame, now in zip(frames.tolist(), used.tolist(), strict=True):

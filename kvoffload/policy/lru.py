@@ -5,10 +5,10 @@ from kvoffload.types import BlockKey
 
 
 class LRU(Aged):
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None:
         self._used[frame] = used
 
-    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+    def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         self._used[frame] = now
         if frame in self._evictable:
             self._evictable.put(frame, now, 0)

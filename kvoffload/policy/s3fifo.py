@@ -24,7 +24,7 @@ class S3FIFO(Holding):
         self._main: OrderedDict[int, int] = OrderedDict()
         self._ghosts: OrderedDict[BlockKey, None] = OrderedDict()
 
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None:
         remembered = key in self._ghosts
         self._ghosts.pop(key, None)
         queue = self._main if remembered else self._small
@@ -32,7 +32,7 @@ class S3FIFO(Holding):
         self._where[frame] = queue
         self._held.add(frame)
 
-    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+    def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         if not again:
             queue = self._where[frame]
             queue[frame] = min(queue[frame] + 1, USES_MAX)

@@ -20,13 +20,13 @@ class SIEVE(Holding):
         self._behind: OrderedDict[int, int] = OrderedDict()
         self._ahead: OrderedDict[int, int] = OrderedDict()
 
-    def enter(self, frame: int, key: BlockKey, used: int, depth: int) -> None:
+    def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None:
         self._turn()
         self._ahead[frame] = 0
         self._where[frame] = self._ahead
         self._held.add(frame)
 
-    def use(self, frame: int, key: BlockKey, now: int, again: bool) -> None:
+    def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         if not again:
             self._where[frame][frame] = 1
 

@@ -268,7 +268,9 @@ class ManagerAdapter(OffloadingManager):
     def note_end(self, request: "Request") -> None:
         context = self._contexts.get(request.request_id)
         if context is not None:
-            self._notes(context).written = max(request.num_prompt_tokens, request.num_tokens - 1)
+            notes = self._notes(context)
+            notes.answered = request.num_output_tokens
+            notes.written = max(request.num_prompt_tokens, request.num_tokens - 1)
         self._decisions.end_request(request)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
@@ -346,8 +348,9 @@ class ManagerAdapter(OffloadingManager):
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         # Not in `touch`: vLLM calls it too often, from the first key to the last, and since 0.31 nowhere.
-        own = self._notes(req_context).own_positions(req_context)
-        self._core.touch(sorted(own, key=own.__getitem__), req_context.req_id)
+        notes = self._notes(req_context)
+        own = notes.own_positions(req_context)
+        self._core.touch(sorted(own, key=own.__getitem__), req_context.req_id, notes.answered)
         self._contexts.pop(req_context.req_id, None)
 
     def has_pending_work(self) -> bool:

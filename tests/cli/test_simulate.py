@@ -223,3 +223,10 @@ def test_what_users_do_wrong_is_one_sentence(tmp_path, text, arguments, says):
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("said, taken", [(7, 7), (0, 0), (None, 0), (-3, 0), (2.5, 0), ("9", 0), (True, 0)])
+def test_how_long_an_answer_was_is_taken_from_a_trace_that_says_so(tmp_path, said, taken):
+    file = tmp_path / "trace"
+    file.write_text(json.dumps({"timestamp": 0, "hash_ids": [1]} | ({} if said is None else {"output_length": said})) + "\n")
+    assert read(file).answers == [taken]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 SPARED = Callable[[bytes], bool]
+Level = tuple[int, int]  # by uses, by answer
 
 
 class FIFOModel:
@@ -16,12 +17,12 @@ class FIFOModel:
 
     def recover(self, keys: Sequence[bytes], used: Sequence[int]) -> None:
         for key, now in zip(keys, used, strict=True):
-            self.enter(key, now)
+            self.enter(key, now, 0)
 
-    def enter(self, key: bytes, used: int) -> None:
+    def enter(self, key: bytes, used: int, answer: int) -> None:
         self.queue.append(key)
 
-    def use(self, key: bytes, now: int, again: bool) -> None:
+    def use(self, key: bytes, now: int, again: bool, answer: int) -> None:
         pass
 
     def leave(self, key: bytes) -> None:
@@ -41,10 +42,10 @@ class LRUModel(FIFOModel):
         super().__init__(capacity)
         self.used: dict[bytes, int] = {}
 
-    def enter(self, key: bytes, used: int) -> None:
+    def enter(self, key: bytes, used: int, answer: int) -> None:
         self.used[key] = used
 
-    def use(self, key: bytes, now: int, again: bool) -> None:
+    def use(self, key: bytes, now: int, again: bool, answer: int) -> None:
         self.used[key] = now
 
     def leave(self, key: bytes) -> None:
@@ -63,7 +64,7 @@ class SIEVEModel(FIFOModel):
         self.marked: set[bytes] = set()
         self.hand = 0
 
-    def use(self, key: bytes, now: int, again: bool) -> None:
+    def use(self, key: bytes, now: int, again: bool, answer: int) -> None:
         if not again:
             self.marked.add(key)
 
@@ -74,10 +75,10 @@ class SIEVEModel(FIFOModel):
         if place < self.hand:
             self.hand -= 1
 
-    def enter(self, key: bytes, used: int) -> None:
+    def enter(self, key: bytes, used: int, answer: int) -> None:
         if self.hand >= len(self.queue):
             self.hand = 0
-        super().enter(key, used)
+        super().enter(key, used, answer)
 
     def victim(self, spared: SPARED) -> bytes | None:
         while True:
@@ -99,7 +100,7 @@ class S3FIFOModel(FIFOModel):
         self.small_size = max(1, capacity // 10)
         self.ghost_size = max(1, capacity - self.small_size)
 
-    def enter(self, key: bytes, used: int) -> None:
+    def enter(self, key: bytes, used: int, answer: int) -> None:
         self.uses[key] = 0
         if key in self.ghosts:
             self.ghosts.remove(key)
@@ -107,7 +108,7 @@ class S3FIFOModel(FIFOModel):
         else:
             self.small.append(key)
 
-    def use(self, key: bytes, now: int, again: bool) -> None:
+    def use(self, key: bytes, now: int, again: bool, answer: int) -> None:
         if not again:
             self.uses[key] = min(3, self.uses[key] + 1)
 
@@ -153,7 +154,7 @@ class ARCModel(FIFOModel):
         self.b1: list[bytes] = []
         self.b2: list[bytes] = []
 
-    def enter(self, key: bytes, used: int) -> None:
+    def enter(self, key: bytes, used: int, answer: int) -> None:
         if key in self.b1:
             self.p = min(self.c, self.p + max(1, len(self.b2) / len(self.b1)))
             self.b1.remove(key)
@@ -165,7 +166,7 @@ class ARCModel(FIFOModel):
         else:
             self.t1.append(key)
 
-    def use(self, key: bytes, now: int, again: bool) -> None:
+    def use(self, key: bytes, now: int, again: bool, answer: int) -> None:
         queue = self.t1 if key in self.t1 else self.t2
         queue.remove(key)
         (queue if again else self.t2).append(key)
@@ -193,39 +194,76 @@ class HorizonModel(FIFOModel):
     memory = 64.0
     remembered = 3
     round = 128
+    doubts, fading, kept = 2048.0, 0.995, 4096
 
     def __init__(self, capacity: int):
         super().__init__(capacity)
-        self.there: dict[bytes, tuple[int, float, int]] = {}  # when used last, uses, level
+        self.there: dict[bytes, tuple[int, float, Level]] = {}  # when used last, uses, level
         self.left: list[tuple[bytes, int, float] | None] = []  # the latest last; None: it came back
-        self.shadows: list[dict[bytes, tuple[int, int]]] = [{} for _ in self.half_lives]
+        self.shadows: list[dict[bytes, tuple[int, Level]]] = [{} for _ in self.half_lives]
         self.scores = [0.0 for _ in self.half_lives]
         self.chosen = 1
         self.turnover, self.began, self.uses = float(capacity), 0, 0
+        self.ended: dict[bytes, Level] = {}  # classes by uses and answer
+        self.seen: dict[Level, float] = {}
+        self.again: dict[Level, float] = {}
+        self.bonus: dict[Level, float] = {}
 
     def recover(self, keys: Sequence[bytes], used: Sequence[int]) -> None:
-        self.there = {key: (now, 1.0, 0) for key, now in zip(keys, used, strict=True)}
+        self.there = {key: (now, 1.0, (0, 0)) for key, now in zip(keys, used, strict=True)}
         if keys:
             self.began = used[-1]
             self.turnover = max(1.0, (used[-1] - used[0] + 1) * self.capacity / len(keys))
 
-    def enter(self, key: bytes, used: int) -> None:
+    def enter(self, key: bytes, used: int, answer: int) -> None:
         known = next((each for each in self.left if each is not None and each[0] == key), None)
         self.left = [None if each is known else each for each in self.left]
         self.count(key, used, known and known[1:])
+        self.end(key, used, answer)
 
-    def use(self, key: bytes, now: int, again: bool) -> None:
+    def use(self, key: bytes, now: int, again: bool, answer: int) -> None:
         used, uses, level = self.there[key]
         if again:
             self.there[key] = now, uses, level
         else:
             self.count(key, now, (used, uses))
+        self.end(key, now, answer)
+
+    def end(self, key: bytes, now: int, answer: int) -> None:
+        used, uses, (level, before) = self.there[key]
+        if not answer or before:
+            return
+        found = level, min(15, math.floor(math.log2(answer)) + 1)
+        self.there[key] = used, uses, found
+        self.ended[key] = kind = min(3, level // 2), found[1]
+        if len(self.ended) > self.kept:
+            del self.ended[next(iter(self.ended))]
+        self.seen[kind] = self.seen.get(kind, 0.0) + 1
+        for shadow in self.shadows:
+            if key in shadow:
+                shadow[key] = now, found
+
+    def learn(self) -> None:
+        for uses in range(4):
+            kinds = [(uses, answer) for answer in range(16)]
+            usual = (sum(self.again.get(kind, 0.0) for kind in kinds) + 0.5) / (sum(self.seen.get(kind, 0.0) for kind in kinds) + 1)
+            for kind in kinds:
+                likely = (self.again.get(kind, 0.0) + self.doubts * usual) / (self.seen.get(kind, 0.0) + self.doubts)
+                self.bonus[kind] = math.log2(likely / usual)
+        self.seen = {kind: self.fading * count for kind, count in self.seen.items()}
+        self.again = {kind: self.fading * count for kind, count in self.again.items()}
+
+    def worth(self, level: Level) -> float:
+        return level[0] / 2 + self.bonus.get((min(3, level[0] // 2), level[1]), 0.0)
 
     def count(self, key: bytes, now: int, known: tuple[int, float] | None) -> None:
-        uses, level = 1.0, 0
+        uses, level = 1.0, (0, 0)
         if known is not None:
             uses += known[1] / 2 ** ((now - known[0]) / (self.memory * self.turnover))
-            level = math.floor(2 * math.log2(uses) + 0.5)
+            level = min(15, math.floor(2 * math.log2(uses) + 0.5)), 0
+        if key in self.ended:
+            kind = self.ended.pop(key)
+            self.again[kind] = self.again.get(kind, 0.0) + 1
         self.there[key] = now, uses, level
         for number, shadow in enumerate(self.shadows):
             if key in shadow:
@@ -245,10 +283,16 @@ class HorizonModel(FIFOModel):
         if self.scores[best] > 1.01 * self.scores[self.chosen]:
             self.chosen = best
         self.scores = [0.9 * score for score in self.scores]
+        self.learn()
 
-    def least(self, blocks: dict[bytes, tuple[int, int]], half_life: float) -> bytes:
+    def least(self, blocks: dict[bytes, tuple[int, Level]], half_life: float) -> bytes:
         """Of those that weigh the same the one of the lowest level."""
-        return min(blocks, key=lambda key: (blocks[key][1] / 2 + blocks[key][0] / (half_life * self.turnover), blocks[key][1]))
+
+        def weight(key: bytes) -> tuple[float, Level]:
+            now, level = blocks[key]
+            return self.worth(level) + now / (half_life * self.turnover), level
+
+        return min(blocks, key=weight)
 
     def leave(self, key: bytes) -> None:
         del self.there[key]

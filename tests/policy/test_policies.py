@@ -1,6 +1,7 @@
 """Every policy against a model: in what order blocks go, and that no call finds one that may not go."""
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from kvoffload.policy.history import History
 from tests.policy import models
 
 CAPACITY = 12
+ANSWERS = st.sampled_from([0, 0, 1, 5, 300, 70_000])
+LEVELS = list(product((0, 1, 5, 15), (0, 3, 5, 10)))  # some, by uses and by answer
 KEYS = [bytes([number]) * 16 for number in range(30)]
 MODELS = {
     "arc": models.ARCModel,
@@ -54,8 +57,8 @@ class Machine(RuleBasedStateMachine):
             self.held[key], self.frames[key] = False, frame
         self.now = 4 * len(keys)
 
-    @rule(key=st.sampled_from(KEYS), ago=st.integers(0, 3), held=st.booleans(), choice=st.integers(0, CAPACITY))
-    def enter(self, key, ago, held, choice):
+    @rule(key=st.sampled_from(KEYS), ago=st.integers(0, 3), held=st.booleans(), choice=st.integers(0, CAPACITY), answer=ANSWERS)
+    def enter(self, key, ago, held, choice, answer):
         if key in self.held:
             return
         if len(self.held) >= CAPACITY:
@@ -65,19 +68,19 @@ class Machine(RuleBasedStateMachine):
         self.now += 4
         free = sorted(set(range(CAPACITY)) - set(self.frames.values()))
         frame = self.frames[key] = free[choice % len(free)]
-        self.policy.enter(frame, key, self.now - ago, 0)
+        self.policy.enter(frame, key, self.now - ago, answer)
         self.held[key] = True
-        self.model.enter(key, self.now - ago)
+        self.model.enter(key, self.now - ago, answer)
         if not held:
             self.release(key)
 
-    @rule(keys=st.lists(st.sampled_from(KEYS), unique=True), again=st.booleans())
-    def use(self, keys, again):
+    @rule(keys=st.lists(st.sampled_from(KEYS), unique=True), again=st.booleans(), answer=ANSWERS)
+    def use(self, keys, again, answer):
         for key in keys:
             self.now += 4
             if key in self.held:
-                self.policy.use(self.frames[key], key, self.now, again)
-                self.model.use(key, self.now, again)
+                self.policy.use(self.frames[key], key, self.now, again, answer)
+                self.model.use(key, self.now, again, answer)
 
     @rule(frame=st.integers(0, CAPACITY - 1))
     def hold(self, frame):
@@ -143,7 +146,7 @@ def nobody(frame):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_horizon_takes_the_half_life_that_its_model_takes_as_traffic_changes(seed):
+def test_horizon_takes_the_half_life_and_the_worths_that_its_model_takes_as_traffic_changes(seed):
     """Rounds are longer than a machine's life above."""
     rng, policy, model = random.Random(seed), POLICIES["horizon"](CAPACITY), models.HorizonModel(CAPACITY)
     frames, chosen = {}, set()
@@ -151,10 +154,11 @@ def test_horizon_takes_the_half_life_that_its_model_takes_as_traffic_changes(see
         if now % 1500 == 1:  # some keys wanted again and again, or loops, or the latest ones
             favourites = rng.sample(KEYS, rng.randint(3, 20))
             share = rng.choice((0.2, 0.6, 0.95))
+            answers = rng.choice(((0, 0), (20, 900), (900, 20), (7, 7)))  # to favourites, and to others
         key = rng.choice(favourites) if rng.random() < share else now.to_bytes(16, "big")
         if key in frames:
-            policy.use(frames[key], key, now, False)
-            model.use(key, now, False)
+            policy.use(frames[key], key, now, False, 0)
+            model.use(key, now, False, 0)
         else:
             frame = len(frames)
             if frame == CAPACITY:
@@ -166,9 +170,13 @@ def test_horizon_takes_the_half_life_that_its_model_takes_as_traffic_changes(see
             frames[key] = frame
             policy.enter(frame, key, now, 0)
             policy.release(frame)
-            model.enter(key, now)
+            model.enter(key, now, 0)
+        answer = answers[key not in favourites]
+        policy.use(frames[key], key, now, True, answer)
+        model.use(key, now, True, answer)
         chosen.add(model.chosen)
         assert policy.half_life() == model.half_lives[model.chosen] * model.turnover
+        assert all(policy._worths[16 * uses + kind] == model.worth((uses, kind)) for uses, kind in LEVELS)
     print(f"seed {seed}: half-lives {sorted(chosen)}")
     assert len(chosen) > 1
 
@@ -201,7 +209,7 @@ def test_the_same_calls_have_the_same_victims(name):
         for now in range(1, 5000):
             key = (now * now * 7919 % 211).to_bytes(16, "big")
             if key in frames:
-                policy.use(frames[key], key, now, False)
+                policy.use(frames[key], key, now, False, 0)
                 continue
             frame = len(frames)
             if frame == 50:
@@ -247,3 +255,39 @@ def test_an_eviction_by_age_passes_over_hundreds_of_spared_blocks_and_no_more(na
     assert len(asked) <= PASSED_MAX + 1
     assert policy.victim(lambda frame: frame < PASSED_MAX - 1) == PASSED_MAX - 1
     assert len(policy) == 1000 and policy.victim(nobody) == 0
+
+
+def test_who_was_answered_at_length_and_did_not_come_back_makes_room_for_who_was_answered_briefly_and_did():
+    """Both are used once, and the others later."""
+    policy = POLICIES["horizon"](CAPACITY)
+    now, frames = 0, {}
+
+    def ask(key: bytes, answer: int) -> None:
+        nonlocal now
+        now += 1
+        if key in frames:
+            policy.use(frames[key], key, now, False, 0)
+        else:
+            frame = len(frames)
+            if frame == CAPACITY:
+                frame = policy.victim(nobody)
+                gone = next(key for key, at in frames.items() if at == frame)
+                policy.evict(frame, gone)
+                del frames[gone]
+            frames[key] = frame
+            policy.enter(frame, key, now, 0)
+            policy.release(frame)
+        policy.use(frames[key], key, now, True, answer)
+
+    for number in range(3000):
+        brief, long = number.to_bytes(8, "big"), number.to_bytes(9, "big")
+        ask(brief, 20)
+        ask(long, 900)
+        ask(brief, 20)
+    for number in range(CAPACITY // 2):
+        ask(b"brief %d" % number, 20)
+    for number in range(CAPACITY // 2):
+        ask(b"long %d" % number, 900)
+    for number in range(CAPACITY // 2 - 1):
+        ask(b"new %d" % number, 0)
+    assert all(b"brief %d" % number in frames for number in range(CAPACITY // 2))

@@ -36,7 +36,7 @@ from kvoffload.types import NO_SLOT, TransferReport
 from kvoffload.vllm import contract, notes
 from kvoffload.vllm.connector import KVOffloadConnector
 from kvoffload.vllm.geometry import Geometry
-from kvoffload.vllm.manager import EXPORT_S, ManagerAdapter, write_budget
+from kvoffload.vllm.manager import ManagerAdapter, write_budget
 
 PAYLOAD = 100_000
 GROUPS = (4, 7)  # vLLM's group ids need not begin at 0
@@ -475,22 +475,3 @@ def test_what_a_waiting_request_looked_up_does_not_keep_others_from_storing_in_t
     other, others = request(manager, "runs", 4, prompt=b"q")
     manager.note_step(step())
     assert store(manager, other, others) == others
-
-
-def test_while_requests_go_on_metrics_are_gathered_now_and_then_and_all_of_them_when_the_last_one_ends(monkeypatch):
-    manager, now = adapter(), 1000.0
-    monkeypatch.setattr(f"{ManagerAdapter.__module__}.time.monotonic", lambda: now)
-    going_on = SimpleNamespace(request_id="r", num_output_tokens=0, num_prompt_tokens=0, num_tokens=0)
-    manager.get_stats()
-    manager._decisions.begin_request(going_on)
-
-    def exported() -> float | None:
-        manager._core.counters["kvoffload_missed_tokens_total",] += 1
-        stats = manager.get_stats()
-        return None if stats is None else stats.data["data"]["kvoffload_missed_tokens_total"][()]
-
-    assert exported() is None and exported() is None
-    now += EXPORT_S
-    assert exported() == 3 and exported() is None
-    manager.note_end(going_on)
-    assert exported() == 2 and exported() == 1

@@ -11,15 +11,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvoffload._rows import AgeHeaps
 
 FRAMES = 40
-LEVELS = st.sampled_from([0, 1, 2, 127])
+LEVELS = st.sampled_from([0, 1, 2, 255])
+ALIKE = np.zeros(256)  # levels are worth nothing
+WORTHS = [np.arange(256) / 2, ALIKE, np.array([(7 * level % 11) / 3 for level in range(256)])]
 
 
-def oldest(there, level_worth, half_life):
+def oldest(there, worths, half_life):
     """By the plain reading of what `least` says."""
 
     def worth(frame):
         used, level = there[frame]
-        return level * level_worth + used / half_life, level
+        return worths[level] + used / half_life, level
 
     return min(there, key=worth, default=None)
 
@@ -59,10 +61,10 @@ class Machine(RuleBasedStateMachine):
         self.ages.drop(frame)
         self.there.pop(frame, None)
 
-    @rule(half_life=st.sampled_from([1.0, 700.5, 1e6, 1e12]))
-    def evict(self, half_life):
-        frame = self.ages.least(0.5, half_life)
-        assert frame == oldest(self.there, 0.5, half_life)
+    @rule(worths=st.sampled_from(WORTHS), half_life=st.sampled_from([1.0, 700.5, 1e6, 1e12]))
+    def evict(self, worths, half_life):
+        frame = self.ages.least(worths, half_life)
+        assert frame == oldest(self.there, worths, half_life)
         if frame is not None:
             self.drop(frame)
 
@@ -73,7 +75,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self):
         while self.there:
-            self.evict(1000.0)
+            self.evict(WORTHS[0], 1000.0)
 
 
 def test_the_oldest_is_found_whatever_happened_before():
@@ -91,9 +93,9 @@ def test_many_frames_that_wander_through_the_levels_leave_in_order():
             used[frame] = len(used) + rng.randrange(10**9) * count + frame
             ages.put(frame, used[frame], level)
     for frame in sorted(used, key=used.__getitem__):
-        assert ages.least(0.0, 1.0) == frame
+        assert ages.least(ALIKE, 1.0) == frame
         ages.drop(frame)
-    assert len(ages) == 0 and ages.least(0.0, 1.0) is None
+    assert len(ages) == 0 and ages.least(ALIKE, 1.0) is None
 
 
 def test_of_one_age_the_lower_level_and_the_first_frame_go_first():
@@ -101,7 +103,7 @@ def test_of_one_age_the_lower_level_and_the_first_frame_go_first():
     for frame, level in ((3, 0), (2, 0), (0, 1), (1, 0)):
         ages.put(frame, 7, level)
     left = []
-    while (frame := ages.least(0.0, 1.0)) is not None:
+    while (frame := ages.least(ALIKE, 1.0)) is not None:
         left.append(frame)
         ages.drop(frame)
     assert left == [1, 2, 3, 0]
@@ -117,10 +119,10 @@ def test_there_are_no_frames_behind_the_last(frame):
 
 def test_levels_end():
     ages = AgeHeaps(4)
-    ages.put(0, 1, 127)
-    with pytest.raises(IndexError, match="no level 128"):
-        ages.put(0, 1, 128)
-    assert ages.least(1.0, 1.0) == 0
+    ages.put(0, 1, 255)
+    with pytest.raises(IndexError, match="no level 256"):
+        ages.put(0, 1, 256)
+    assert ages.least(ALIKE, 1.0) == 0
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,11 @@ def test_what_is_no_number_or_too_few_of_them_is_refused(arguments):
     with pytest.raises(TypeError):
         ages.least(*arguments[:1])
     with pytest.raises(TypeError):
-        ages.least(1.0, "a")
+        ages.least(ALIKE, "a")
+    with pytest.raises(TypeError):
+        ages.least(1.0, 1.0)
+    with pytest.raises(ValueError, match="256 levels"):
+        ages.least(ALIKE[1:], 1.0)
     assert len(ages) == 0
 
 
@@ -156,7 +162,7 @@ def test_columns_that_do_not_fit_are_refused():
 def test_without_frames_there_is_no_least():
     ages = AgeHeaps(0)
     ages.fill(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert ages.least(1.0, 1.0) is None and len(ages) == 0
+    assert ages.least(ALIKE, 1.0) is None and len(ages) == 0
 
 
 def test_a_frame_that_had_a_level_before_has_none_when_it_is_filled_in():
@@ -165,7 +171,7 @@ def test_a_frame_that_had_a_level_before_has_none_when_it_is_filled_in():
     ages.drop(0)
     ages.fill(np.array([0], np.int64), np.array([1], np.int64))
     ages.drop(0)
-    assert len(ages) == 0 and ages.least(0.0, 1.0) is None
+    assert len(ages) == 0 and ages.least(ALIKE, 1.0) is None
 
 
 @pytest.mark.parametrize("frames", [(1 << 30) + 1, 1 << 63, 1 << 64, -1])
