@@ -28,6 +28,7 @@ typedef struct {
     uint32_t *places; /* by frame: its place in its level's heap, plus 1; 0: it is in none */
     uint8_t *levels;  /* by frame */
     uint32_t frame_count, count;
+    int level_count; /* up to the highest that anything was ever put at */
     Heap heaps[LEVELS];
 } AgeHeaps;
 
@@ -88,6 +89,7 @@ static int put(AgeHeaps *self, Entry entry, uint8_t level) {
     if (heap->count == heap->room && make_room(heap, heap->room == 0 ? ROOM_MIN : 2 * heap->room) != 0) return -1;
     if (place != 0) take_out(self, entry.frame);
     self->levels[entry.frame] = level;
+    if (level >= self->level_count) self->level_count = level + 1;
     self->count++;
     heap->count++;
     sift(self, heap, heap->count - 1, entry);
@@ -153,7 +155,7 @@ static PyObject *ages_drop(AgeHeaps *self, PyObject *number) {
 static const Entry *least(const AgeHeaps *self, const double *worths, double half_life) {
     const Entry *found = NULL;
     double least = 0;
-    for (int level = 0; level < LEVELS; level++) {
+    for (int level = 0; level < self->level_count; level++) {
         const Heap *heap = &self->heaps[level];
         if (heap->count == 0) continue;
         double worth = worths[level] + (double)heap->entries[0].used / half_life;
@@ -193,6 +195,7 @@ static int fill(AgeHeaps *self, const Py_buffer *frames, const Py_buffer *used) 
         return -1;
     }
     if (make_room(&self->heaps[0], (uint32_t)count) != 0) return -1;
+    if (self->level_count == 0) self->level_count = 1;
     const int64_t *frame = frames->buf, *time = used->buf;
     for (size_t i = 0; i < count; i++) {
         if (frame[i] < 0 || frame[i] >= self->frame_count || self->places[frame[i]] != 0 || time[i] < 0) {
