@@ -19,7 +19,7 @@ class Metric(NamedTuple):
 
 # Seconds. From a block out of DRAM to a load at its deadline.
 BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-OBSERVATIONS_MAX = 1000  # of a series that wait to be exported
+OBSERVATIONS_MAX = 4000  # of a series that wait to be exported
 # Of the labels whose values are known before anything happened.
 VALUES = {
     "tier": tuple(tier.value for tier in Tier),

@@ -173,9 +173,9 @@ static PyObject *ages_least(AgeHeaps *self, PyObject *const *arguments, Py_ssize
     if (PyErr_Occurred()) return NULL;
     Py_buffer worths;
     if (PyObject_GetBuffer(arguments[0], &worths, PyBUF_C_CONTIGUOUS) != 0) return NULL;
-    if (worths.len != LEVELS * (Py_ssize_t)sizeof(double)) {
+    if (worths.len != LEVELS * (Py_ssize_t)sizeof(double) || (uintptr_t)worths.buf % sizeof(double) != 0) {
         PyBuffer_Release(&worths);
-        return PyErr_Format(PyExc_ValueError, "the worths of %d levels are as many doubles", LEVELS);
+        return PyErr_Format(PyExc_ValueError, "the worths of %d levels are as many aligned doubles", LEVELS);
     }
     const Entry *found = least(self, worths.buf, half_life);
     PyBuffer_Release(&worths);

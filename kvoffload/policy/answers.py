@@ -10,8 +10,9 @@ from collections import OrderedDict
 from kvoffload.policy.levels import ANSWERS, STEPS, USES, plain_worths
 from kvoffload.types import BlockKey
 
-KEPT = 4096  # blocks of which it is waited whether they are used again
+KEPT = 4096  # blocks of the sample of which it is waited whether they are used again
 DOUBTS = 2048  # blocks that must be seen of a class to believe half of what they say: those of one prompt say the same
+DOUBTS_MIN = 32  # of the sample, for so few may be as they are by chance
 FADING = 0.995  # what a round's blocks are worth a round later
 CLASSES = 4  # by uses: one, two, some, many; each of ANSWERS classes
 
@@ -29,19 +30,20 @@ class Answers:
 
     def __init__(self, every: int) -> None:
         """every: one block in so many is in the sample."""
-        self._doubts = DOUBTS / every
+        self._doubts = max(DOUBTS_MIN, DOUBTS / every)
         self.worths = plain_worths()
         self._ended: OrderedDict[BlockKey, int] = OrderedDict()  # their classes, the latest last
         self._seen, self._again = [0.0] * (CLASSES * ANSWERS), [0.0] * (CLASSES * ANSWERS)
 
     def use(self, key: BlockKey) -> None:
-        """It is used, by another request than before."""
+        """It is used, by a request that came after the one before had ended, or while it had not."""
         found = self._ended.pop(key, None)
         if found is not None:
             self._again[found] += 1
 
     def end(self, key: BlockKey, level: int) -> None:
         """The request that used it ended. `level`: with the answer."""
+        self._ended.pop(key, None)
         self._ended[key] = found = class_of(level)
         self._seen[found] += 1
         if len(self._ended) > KEPT:

@@ -28,7 +28,7 @@ class EvictionPolicy(Protocol):
 
     def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         """A request uses the block; `again`: the one that used it last. `answer`: see `enter`; it is known when the request ends,
-        which is such a use. REQUIRES: it is there."""
+        which is a use, too. REQUIRES: it is there."""
 
     def hold(self, frame: int) -> None:
         """The block may not be evicted. Nothing if it is held already or the frame is empty."""

@@ -98,14 +98,14 @@ class Horizon(Aged):
     def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         if again:
             self._used[frame] = now
-        else:
-            self._count(frame, key, now, (self._used[frame], self._uses[frame]))
-        if answer:
+        else:  # also a request that ends after another began to use the block: that says nothing of coming back
+            self._count(frame, key, now, (self._used[frame], self._uses[frame]), begins=not answer)
+        if answer and again:
             self._end(frame, key, now, answer)
         if frame in self._evictable:
             self._evictable.put(frame, now, self._level[frame])
 
-    def _count(self, frame: int, key: BlockKey, now: int, known: tuple[int, float] | None) -> None:
+    def _count(self, frame: int, key: BlockKey, now: int, known: tuple[int, float] | None, begins: bool = True) -> None:
         uses, level = 1.0, 0
         if known is not None:
             used, before = known
@@ -113,7 +113,8 @@ class Horizon(Aged):
             level = level_of(uses)
         self._used[frame], self._uses[frame], self._level[frame] = now, uses, level
         if self._is_sampled(key):
-            self._answers.use(key)
+            if begins:
+                self._answers.use(key)
             for shadow in self._shadows:
                 shadow.use(key, now, level, self._turnover)
         self._uses_of_round += 1

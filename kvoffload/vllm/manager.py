@@ -24,6 +24,7 @@ from vllm.v1.kv_offload.base import (
     get_offload_group_idx,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.request import RequestStatus
 
 from kvoffload import admission
 from kvoffload.admission import Admission, AdmitAll, WrittenToday
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)  # who goes away earlier has no whole answer
 EXPORT_S = 0.25  # between metrics, while requests are at work: gathering them at each step took more than all else in it
 
 
@@ -176,7 +178,7 @@ class ManagerAdapter(OffloadingManager):
         notes = contract.get_state(req_context, Notes)
         assert notes is not None, "vLLM announces every request"
         if notes.life != self._life:
-            notes = Notes(notes.salt, self._life, written=notes.written)
+            notes = Notes(notes.salt, self._life, written=notes.written, answered=notes.answered)
             contract.set_state(req_context, notes)
         return notes
 
@@ -269,7 +271,7 @@ class ManagerAdapter(OffloadingManager):
         context = self._contexts.get(request.request_id)
         if context is not None:
             notes = self._notes(context)
-            notes.answered = request.num_output_tokens
+            notes.answered = request.num_output_tokens if request.status in ANSWERED else 0
             notes.written = max(request.num_prompt_tokens, request.num_tokens - 1)
         self._decisions.end_request(request)
 
@@ -419,7 +421,8 @@ class ManagerAdapter(OffloadingManager):
             self._latencies[direction].extend(seconds)
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        """What changed since the last of them. The step in which the last request ends has all, for none may follow it."""
+        """What changed since the last of them. The step in which the last request ends has all, for none may follow it. (Nor may
+        one while vLLM is paused with requests: then the latest is told when it goes on.)"""
         now = time.monotonic()
         if not self._settings.enabled or self._decisions.has_requests and now < self._export_at:
             return None

@@ -29,7 +29,7 @@ class Notes:
     has_hole: bool = False  # a block of it was not stored, so those after it would never be reached
     loads: Loads = field(default_factory=Loads)
     written: float = math.inf  # tokens whose KV was computed, once the request has ended
-    answered: int = 0  # tokens, once the request has ended
+    answered: int = 0  # tokens, once the request has ended, if it got its whole answer
     limit: int | None = None  # lookups of blocks that end behind this token miss: they are not worth loading
     # What was salted, for that takes a microsecond, and vLLM asks for all keys of a prompt at each step.
     _own_keys: dict["OffloadKey", BlockKey] = field(default_factory=dict)

@@ -226,8 +226,9 @@ class HorizonModel(FIFOModel):
         if again:
             self.there[key] = now, uses, level
         else:
-            self.count(key, now, (used, uses))
-        self.end(key, now, answer)
+            self.count(key, now, (used, uses), begins=not answer)
+        if again:
+            self.end(key, now, answer)
 
     def end(self, key: bytes, now: int, answer: int) -> None:
         used, uses, (level, before) = self.there[key]
@@ -235,6 +236,7 @@ class HorizonModel(FIFOModel):
             return
         found = level, min(15, math.floor(math.log2(answer)) + 1)
         self.there[key] = used, uses, found
+        self.ended.pop(key, None)
         self.ended[key] = kind = min(3, level // 2), found[1]
         if len(self.ended) > self.kept:
             del self.ended[next(iter(self.ended))]
@@ -256,12 +258,12 @@ class HorizonModel(FIFOModel):
     def worth(self, level: Level) -> float:
         return level[0] / 2 + self.bonus.get((min(3, level[0] // 2), level[1]), 0.0)
 
-    def count(self, key: bytes, now: int, known: tuple[int, float] | None) -> None:
+    def count(self, key: bytes, now: int, known: tuple[int, float] | None, begins: bool = True) -> None:
         uses, level = 1.0, (0, 0)
         if known is not None:
             uses += known[1] / 2 ** ((now - known[0]) / (self.memory * self.turnover))
             level = min(15, math.floor(2 * math.log2(uses) + 0.5)), 0
-        if key in self.ended:
+        if begins and key in self.ended:
             kind = self.ended.pop(key)
             self.again[kind] = self.again.get(kind, 0.0) + 1
         self.there[key] = now, uses, level

@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvoffload.policy import DEFAULT, POLICIES
 from kvoffload.policy.aged import PASSED_MAX
+from kvoffload.policy.answers import Answers
 from kvoffload.policy.history import History
+from kvoffload.policy.levels import answered, level_of
 from tests.policy import models
 
 CAPACITY = 12
@@ -291,3 +293,29 @@ def test_who_was_answered_at_length_and_did_not_come_back_makes_room_for_who_was
     for number in range(CAPACITY // 2 - 1):
         ask(b"new %d" % number, 0)
     assert all(b"brief %d" % number in frames for number in range(CAPACITY // 2))
+
+
+def test_a_request_that_ends_while_others_use_its_blocks_has_not_come_back():
+    """Of several at once who ends first would have the others' ends for uses of its blocks again."""
+    policy = POLICIES["horizon"](CAPACITY)
+    policy.enter(0, KEYS[0], 1, 0)
+    policy.use(0, KEYS[0], 2, False, 0)
+    policy.use(0, KEYS[0], 3, True, 20)
+    policy.use(0, KEYS[0], 4, False, 900)
+    assert sum(policy._answers._seen) == 1 and sum(policy._answers._again) == 0
+    policy.use(0, KEYS[0], 5, False, 0)
+    assert sum(policy._answers._again) == 1
+
+
+def test_a_large_tier_learns_from_a_sample_and_believes_no_few_of_it():
+    policy = POLICIES["horizon"](1 << 16)
+    for number in range(20_000):
+        policy.enter(number, random.Random(number).randbytes(16), number + 1, 20 if number % 2 else 900)
+    looked_at = sum(policy._answers._seen)
+    assert 60 < looked_at < 300
+    few = Answers(1 << 20)
+    few.end(b"a", answered(level_of(1), 900))
+    few.end(b"b", answered(level_of(1), 20))
+    few.use(b"b")
+    few.learn()
+    assert -0.1 < few.worths[answered(level_of(1), 900)] < 0 < few.worths[answered(level_of(2), 900)]

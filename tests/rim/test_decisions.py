@@ -31,7 +31,8 @@ def clock(monkeypatch) -> Clock:
 
 def ask(name: str = "r", **params) -> SimpleNamespace:
     return SimpleNamespace(
-        request_id=name, num_tokens=TOKENS, num_prompt_tokens=TOKENS, num_output_tokens=1, kv_transfer_params=params or None
+        request_id=name, num_tokens=TOKENS, num_prompt_tokens=TOKENS, num_output_tokens=1, status=None,
+        kv_transfer_params=params or None,
     )
 
 
@@ -45,7 +46,7 @@ def computed(manager, clock: Clock, seconds: float, tokens: int = TOKENS) -> Non
 
 def begun(manager, tokens: int = TOKENS, context: int = 0) -> SimpleNamespace:
     """A prompt that is being computed from this step on."""
-    cold = SimpleNamespace(request_id="cold", num_output_tokens=0, lora_request=None)
+    cold = SimpleNamespace(request_id="cold", num_output_tokens=0, status=None, lora_request=None)
     manager.announce(cold)
     manager.note_step(step([("cold", tokens, context)]))
     return cold

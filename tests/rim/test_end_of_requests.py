@@ -2,6 +2,9 @@
 
 from types import SimpleNamespace
 
+import pytest
+from vllm.v1.request import RequestStatus
+
 from kvoffload.vllm.manager import EXPORT_S, ManagerAdapter
 from tests.rim.test_manager import adapter, request, store
 
@@ -9,7 +12,7 @@ from tests.rim.test_manager import adapter, request, store
 def test_while_requests_go_on_metrics_are_gathered_now_and_then_and_all_of_them_when_the_last_one_ends(monkeypatch):
     manager, now = adapter(), 1000.0
     monkeypatch.setattr(f"{ManagerAdapter.__module__}.time.monotonic", lambda: now)
-    going_on = SimpleNamespace(request_id="r", num_output_tokens=0, num_prompt_tokens=0, num_tokens=0)
+    going_on = SimpleNamespace(request_id="r", num_output_tokens=0, num_prompt_tokens=0, num_tokens=0, status=None)
     manager.get_stats()
     manager._decisions.begin_request(going_on)
 
@@ -25,12 +28,18 @@ def test_while_requests_go_on_metrics_are_gathered_now_and_then_and_all_of_them_
     assert exported() == 2 and exported() == 1
 
 
-def test_policies_are_told_how_many_tokens_a_request_was_answered_with_when_it_ends(monkeypatch):
+@pytest.mark.parametrize(
+    "status, answered", [("FINISHED_STOPPED", 21), ("FINISHED_LENGTH_CAPPED", 21), ("FINISHED_ABORTED", 0), ("FINISHED_ERROR", 0)]
+)
+def test_policies_are_told_how_long_an_answer_was_if_the_request_got_all_of_it(monkeypatch, status, answered):
     manager = adapter()
     context, keys = request(manager, "r", 3)
     store(manager, context, keys)
     told = []
     monkeypatch.setattr(manager._core, "touch", lambda keys, owner, answer: told.append((list(keys), owner, answer)))
-    manager.note_end(SimpleNamespace(request_id="r", num_prompt_tokens=96, num_tokens=117, num_output_tokens=21))
+    ended = SimpleNamespace(
+        request_id="r", num_prompt_tokens=96, num_tokens=117, num_output_tokens=21, status=getattr(RequestStatus, status)
+    )
+    manager.note_end(ended)
     manager.on_request_finished(context)
-    assert told == [(keys, "r", 21)]
+    assert told == [(keys, "r", answered)]

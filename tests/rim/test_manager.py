@@ -121,7 +121,8 @@ def test_a_block_that_ends_with_the_last_token_of_an_answer_is_not_stored(monkey
         monkeypatch.setattr(contract, "key_positions", lambda context: {key: place for place, key in enumerate(keys)})
     manager = adapter()
     context, keys = request(manager, "r", 6)
-    manager.note_end(SimpleNamespace(request_id="r", num_prompt_tokens=prompt_tokens, num_tokens=tokens, num_output_tokens=0))
+    ended = SimpleNamespace(request_id="r", num_prompt_tokens=prompt_tokens, num_tokens=tokens, num_output_tokens=0, status=None)
+    manager.note_end(ended)
     assert store(manager, context, keys) == keys[:stored]
 
 
