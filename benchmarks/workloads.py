@@ -193,8 +193,9 @@ def generated(name: str, seed: int, size: float = 1.0) -> Trace:
 
 def halves(trace: Trace) -> tuple[Trace, Trace]:
     """As if each were all that came."""
+
+    def part(which: slice) -> Trace:
+        return Trace(trace.requests[which], trace.seconds[which], trace.block_tokens, trace.answers[which])
+
     middle = len(trace.requests) // 2
-    return tuple(
-        Trace(trace.requests[part], trace.seconds[part], trace.block_tokens, trace.answers[part])
-        for part in (slice(middle), slice(middle, None))
-    )
+    return part(slice(middle)), part(slice(middle, None))

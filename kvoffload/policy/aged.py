@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvoffload._rows import AgeHeaps
-from kvoffload.policy.levels import least, plain_worths
+from kvoffload.policy.levels import plain_worths
 from kvoffload.types import BlockKey
 
 PASSED_MAX = 256  # spared frames in a row, before nothing is evicted: each slot that is asked for would pass over all of them again
@@ -35,11 +35,11 @@ class Aged(ABC):
     def victim(self, spared: Callable[[int], bool]) -> int | None:
         evictable, half_life = self._evictable, self.half_life()
         passed: list[int] = []
-        frame = least(evictable, self._worths, half_life)
+        frame = evictable.least(self._worths, half_life)
         while frame is not None and len(passed) < PASSED_MAX and spared(frame):
             passed.append(frame)
             evictable.drop(frame)
-            frame = least(evictable, self._worths, half_life)
+            frame = evictable.least(self._worths, half_life)
         for other in passed:
             self.release(other)
         return frame if len(passed) < PASSED_MAX else None

@@ -7,7 +7,7 @@ or nothing of it, is so in some traffic, and is learned there.
 import math
 from collections import OrderedDict
 
-from kvoffload.policy.levels import ANSWERS, STEPS, USES, plain_worths
+from kvoffload.policy.levels import ANSWERS, STEPS, plain_worths
 from kvoffload.types import BlockKey
 
 KEPT = 4096  # blocks of the sample of which it is waited whether they are used again
@@ -24,8 +24,8 @@ def class_of(level: int) -> int:
 
 class Answers:
     """Of classes of blocks by uses and answer, how many were used again, of a sample of keys. `worths`: of levels, in doublings of
-    the uses; a block that is half as likely to be used again as others used as often is worth one doubling less. What is told
-    of uses alone is nobody's business here, so without answers, or where they tell nothing, levels are worth their uses.
+    the uses; a block that is half as likely to be used again as others used as often is worth one doubling less. Blocks
+    used as often are compared with one another only, so where answers tell nothing, levels are worth their uses.
     """
 
     def __init__(self, every: int) -> None:
@@ -36,7 +36,7 @@ class Answers:
         self._seen, self._again = [0.0] * (CLASSES * ANSWERS), [0.0] * (CLASSES * ANSWERS)
 
     def use(self, key: BlockKey) -> None:
-        """It is used, by a request that came after the one before had ended, or while it had not."""
+        """A request begins to use it."""
         found = self._ended.pop(key, None)
         if found is not None:
             self._again[found] += 1
@@ -51,14 +51,13 @@ class Answers:
 
     def learn(self) -> None:
         """At the end of a round: what levels are worth from now on."""
-        plain = plain_worths()
-        for uses in range(CLASSES):
-            classes = range(uses * ANSWERS, (uses + 1) * ANSWERS)
-            usual = (sum(self._again[each] for each in classes) + 0.5) / (sum(self._seen[each] for each in classes) + 1)
-            for answer, each in enumerate(classes):
-                likely = (self._again[each] + self._doubts * usual) / (self._seen[each] + self._doubts)
-                first, end = uses * STEPS, (uses + 1) * STEPS if uses < CLASSES - 1 else USES
-                for level in range(first * ANSWERS + answer, end * ANSWERS, ANSWERS):
-                    self.worths[level] = plain[level] + math.log2(likely / usual)
+        doublings: list[float] = []  # by class: how much likelier than is usual for the uses
+        for first in range(0, CLASSES * ANSWERS, ANSWERS):
+            seen, again = self._seen[first : first + ANSWERS], self._again[first : first + ANSWERS]
+            usual = (sum(again) + 0.5) / (sum(seen) + 1)
+            likely = ((back + self._doubts * usual) / (ended + self._doubts) for back, ended in zip(again, seen, strict=True))
+            doublings += [math.log2(share / usual) for share in likely]
+        for level, plain in enumerate(plain_worths()):
+            self.worths[level] = plain + doublings[class_of(level)]
         self._seen = [FADING * seen for seen in self._seen]
         self._again = [FADING * again for again in self._again]

@@ -17,7 +17,7 @@ from kvoffload._rows import AgeHeaps
 from kvoffload.policy.aged import Aged
 from kvoffload.policy.answers import Answers
 from kvoffload.policy.history import History
-from kvoffload.policy.levels import ANSWERS, answered, least, level_of
+from kvoffload.policy.levels import ANSWERS, answered, level_of
 from kvoffload.types import BlockKey
 
 HALF_LIVES = (0.25, 1.0, 4.0, 16.0, 64.0)  # that compete, in turnovers: the time in which as many blocks are used as the tier holds
@@ -47,7 +47,7 @@ class Shadow:
         else:
             frame = len(self._frames)
             if frame == len(self._keys):
-                oldest = least(self._ages, self._worths, self.half_life * turnover)
+                oldest = self._ages.least(self._worths, self.half_life * turnover)
                 assert oldest is not None
                 frame = oldest
                 del self._frames[self._keys[frame]]
@@ -92,16 +92,14 @@ class Horizon(Aged):
 
     def enter(self, frame: int, key: BlockKey, used: int, answer: int) -> None:
         self._count(frame, key, used, self._history.take(key))
-        if answer:
-            self._end(frame, key, used, answer)
+        self._end(frame, key, used, answer)
 
     def use(self, frame: int, key: BlockKey, now: int, again: bool, answer: int) -> None:
         if again:
             self._used[frame] = now
+            self._end(frame, key, now, answer)
         else:  # also a request that ends after another began to use the block: that says nothing of coming back
             self._count(frame, key, now, (self._used[frame], self._uses[frame]), begins=not answer)
-        if answer and again:
-            self._end(frame, key, now, answer)
         if frame in self._evictable:
             self._evictable.put(frame, now, self._level[frame])
 
@@ -122,8 +120,8 @@ class Horizon(Aged):
             self._end_round(now)
 
     def _end(self, frame: int, key: BlockKey, now: int, answer: int) -> None:
-        """The request that used it has ended; each is told of once."""
-        if self._level[frame] % ANSWERS:
+        """The request that used it has ended, if there is an answer; each is told of once."""
+        if answer == 0 or self._level[frame] % ANSWERS:
             return
         self._level[frame] = level = answered(self._level[frame], answer)
         if self._is_sampled(key):

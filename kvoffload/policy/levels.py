@@ -1,5 +1,4 @@
-"""How often a block was used and how long the answer was, as a level, and the least wanted of blocks by level and age. Scheduler
-side, one thread.
+"""How often a block was used and how long the answer was, as a level of `AgeHeaps`. Scheduler side, one thread.
 
 Ageing is the same for all, so within a level the oldest use goes first whatever the half-life of uses is and whatever the levels
 are worth, and only the levels' oldest need be compared: another half-life, or other worths, cost nothing to change to.
@@ -7,8 +6,6 @@ are worth, and only the levels' oldest need be compared: another half-life, or o
 
 import math
 from array import array
-
-from kvoffload._rows import AgeHeaps
 
 STEPS = 2  # levels for each doubling of the uses
 USES, ANSWERS = 16, 16  # levels by uses, each of so many by answers
@@ -27,8 +24,3 @@ def answered(level: int, tokens: int) -> int:
 def plain_worths() -> "array[float]":
     """Of levels, in doublings of the uses, whatever the answers."""
     return array("d", [level // ANSWERS / STEPS for level in range(USES * ANSWERS)])
-
-
-def least(ages: AgeHeaps, worths: "array[float]", half_life: float) -> int | None:
-    """The least wanted frame: an unused half-life weighs as much as half the uses."""
-    return ages.least(worths, half_life)
