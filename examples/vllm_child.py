@@ -1,28 +1,29 @@
-"""The child of vllm_process.VllmProcess: one vLLM engine, driven by lines of JSON on stdin, answering on stdout.
+"""The children of vllm_process: a process that has imported vLLM, which takes longer than the rest of an engine's start, and
+forks engines, each driven by lines of JSON on one pipe and answering on another.
 
 A request is {"id", "op", ...arguments}, an answer {"id", "result"} or {"id", "error"}. Requests run side by side,
 so that many can be in flight and one can abort another.
 """
 
 import asyncio
+import gc
 import json
 import multiprocessing.context as contexts
 import os
+import socket
 import sys
 import time
 
-# Whatever vLLM or its workers print goes to the log, also what older versions print while they are imported; the pipe carries
-# answers only.
-PIPE = os.dup(1)
-os.set_inheritable(PIPE, False)
-os.dup2(2, 1)
+import prometheus_client
+from vllm import SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
-import prometheus_client  # noqa: E402
-from vllm import SamplingParams  # noqa: E402
-from vllm.config import KVTransferConfig  # noqa: E402
-from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
-from vllm.sampling_params import RequestOutputKind  # noqa: E402
-from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+ENVIRONMENT_BYTES = 2**17
+SHORT_SPIN_S = 0.002
 
 
 class Child:
@@ -113,14 +114,18 @@ def margin(candidates: dict) -> float:
     return first - second
 
 
-async def serve(engine_args: dict, answers: int) -> None:
-    started = time.perf_counter()
-    child = Child(engine_args, answers)
-    child.answer(id=0, result={"start_s": time.perf_counter() - started})
-    loop = asyncio.get_running_loop()
-    # The parent ends us by closing the pipe, or by dying: both end this loop.
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        child.start(**json.loads(line))
+async def serve(questions: int, answers: int) -> None:
+    # The parent ends us by closing the pipe, or by dying: both end the loop.
+    with open(questions) as lines:
+        first = json.loads(lines.readline())
+        if first["shares_cores"]:
+            sleep_between_messages()
+        started = time.perf_counter()
+        child = Child(first["engine_args"], answers)
+        child.answer(id=0, result={"start_s": time.perf_counter() - started})
+        loop = asyncio.get_running_loop()
+        while line := await loop.run_in_executor(None, lines.readline):
+            child.start(**json.loads(line))
     for task in child.tasks:
         task.cancel()
     child.llm.shutdown(timeout=60)
@@ -128,10 +133,46 @@ async def serve(engine_args: dict, answers: int) -> None:
 
 def fork_instead_of_spawning() -> None:
     """On CPUs vLLM starts its engine core and its workers by spawning, so that each imports vLLM anew, which takes two
-    thirds of a start. Elsewhere it forks them, and so do we."""
-    contexts.SpawnProcess._Popen = staticmethod(contexts.ForkProcess._Popen)
+    thirds of a start. Elsewhere it forks them, and so do we; it must know, to close what a worker inherits."""
+    contexts._concrete_contexts["spawn"] = contexts._concrete_contexts["fork"]
+
+
+def sleep_between_messages() -> None:
+    """For a second after each message vLLM's processes ask for the next one all the time, which takes a core."""
+    SpinCondition.__init__.__defaults__ = (SHORT_SPIN_S,)
+
+
+def become_engine(environment: dict[str, str], questions: int, answers: int, log: int) -> None:
+    """What a new process would have from its parent: a process group, a log and an environment of its own."""
+    os.setsid()
+    os.dup2(log, 1)  # whatever vLLM or its workers print
+    os.dup2(log, 2)
+    os.close(log)
+    for variable in os.environ.keys() - environment.keys():
+        del os.environ[variable]
+    for variable, _ in environment.items() - os.environ.items():  # others stay where setproctitle looks for them
+        os.environ[variable] = environment[variable]
+    os.register_at_fork(after_in_child=lambda: os.close(answers))  # the pipe ends with this process
+
+
+def main() -> None:
+    fork_instead_of_spawning()
+    gc.freeze()  # collecting would write to pages that are shared
+    parent = socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        environment, files, *_ = socket.recv_fds(parent, ENVIRONMENT_BYTES, 3)
+        if not environment:
+            return
+        # Engines that ended are not waited for: until this process ends, their numbers are given to nobody else.
+        if os.fork() == 0:
+            become_engine(json.loads(environment), *files)
+            parent.send(str(os.getpid()).encode())
+            parent.close()
+            asyncio.run(serve(*files[:2]))
+            return
+        for file in files:
+            os.close(file)
 
 
 if __name__ == "__main__":
-    fork_instead_of_spawning()
-    asyncio.run(serve(json.loads(sys.stdin.readline()), PIPE))
+    main()

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -105,6 +107,60 @@ def transfer_config(connector_config: dict, with_module_path: bool) -> dict:
     return config
 
 
+class Zygote:
+    """A process that has imported vLLM in an environment, and forks engines. Thread-safe."""
+
+    def __init__(self, environment: dict[str, str], log: BinaryIO):
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(START_TIMEOUT_S)
+        command = [sys.executable, str(CHILD), str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
+        atexit.register(self._close)
+
+    def fork(self, environment: dict[str, str], questions: int, answers: int, log: int) -> int:
+        """The number of an engine's first process, which is that of its process group. ConnectionError: vLLM cannot be imported."""
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(environment).encode()], [questions, answers, log])
+            number = self._socket.recv(32)
+        if not number:
+            raise ConnectionError
+        return int(number)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def _close(self) -> None:
+        """What it forked lives on."""
+        self._socket.close()
+        self._process.wait()
+
+
+# What a process reads from its environment when it starts, or vLLM when it is imported.
+READ_AT_START = ("LD_", "MALLOC_", "OMP_", "PYTHON", "VLLM_LOGGING_")
+zygotes: dict[frozenset, Zygote] = {}  # by what of their environment is read at start
+zygotes_lock = threading.Lock()
+
+
+def zygote(environment: dict[str, str], log: BinaryIO) -> Zygote:
+    """One for engines with this environment. The log of the first of them is its log, too."""
+    key = frozenset(variable for variable in environment.items() if variable[0].startswith(READ_AT_START))
+    with zygotes_lock:
+        if key not in zygotes or zygotes[key].has_ended():
+            zygotes[key] = Zygote(environment, log)
+        return zygotes[key]
+
+
 class VllmProcess:
     def __init__(
         self,
@@ -114,6 +170,7 @@ class VllmProcess:
         with_module_path: bool = False,  # the plugin makes the connector's name enough
         env: dict[str, str] | None = None,
         log: Path | None = None,
+        shares_cores: bool = False,  # with other engines that are asked at the same time
         **engine_args,
     ):
         self.engine_args = {**ENGINE_DEFAULTS, "model": str(model), **engine_args}
@@ -121,6 +178,7 @@ class VllmProcess:
             self.engine_args["kv_transfer_config"] = transfer_config(connector_config, with_module_path)
         self.log = log or Path(tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
         self._env = {**child_environment(engine_args.get("tensor_parallel_size", 1)), **(env or {})}
+        self._shares_cores = shares_cores
         self._lock = threading.Lock()
         self._waiting: dict[int, Future] = {}
         self._last_id = 0
@@ -131,21 +189,23 @@ class VllmProcess:
     # Life
 
     def _start(self) -> None:
+        questions, ask = os.pipe()
+        answer, answers = os.pipe()
+        self._questions, self._answers = open(ask, "wb"), open(answer, "rb")
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(CHILD)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=ROOT,
-                env=self._env,
-                start_new_session=True,  # a process group of its own, to be killed as one
-            )
+            try:
+                self._group = zygote(self._env, log).fork(self._env, questions, answers, log.fileno())
+            except OSError:
+                self._ended = True
+                raise EngineError("\n".join(self.error_sentences()) or f"vLLM cannot be imported, see {self.log}") from None
+            finally:
+                os.close(questions)
+                os.close(answers)
         atexit.register(self.kill9)
         started = self._waiting[0] = Future()
         self._reader = threading.Thread(target=self._read_answers, daemon=True)
         self._reader.start()
-        self._send(self.engine_args)
+        self._send({"engine_args": self.engine_args, "shares_cores": self._shares_cores})
         try:
             self.start_s = started.result(START_TIMEOUT_S)["start_s"]
         except TimeoutError:
@@ -160,11 +220,12 @@ class VllmProcess:
         if self._ended:
             return
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(END_TIMEOUT_S)
-        finally:
-            self.kill9()  # stragglers
+            self._questions.close()
+        self._reader.join(END_TIMEOUT_S)
+        late = self._reader.is_alive()
+        self.kill9()  # stragglers
+        if late:
+            raise EngineError(f"vLLM did not end within {END_TIMEOUT_S} s, see {self.log}")
 
     def kill9(self) -> None:
         """SIGKILL to the front end, the engine core and every worker at once."""
@@ -173,35 +234,34 @@ class VllmProcess:
         self._ended = True
         atexit.unregister(self.kill9)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            os.killpg(self._group, signal.SIGKILL)
         self._reader.join()
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._questions.close()
+        self._answers.close()
         self._wait_for_group()
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
         """Stops all processes of the engine except within this context: an idle vLLM keeps a quarter of a core busy."""
-        os.killpg(self._process.pid, signal.SIGCONT)
+        os.killpg(self._group, signal.SIGCONT)
         try:
             yield
         finally:
-            os.killpg(self._process.pid, signal.SIGSTOP)
+            os.killpg(self._group, signal.SIGSTOP)
 
     def _wait_for_group(self) -> None:
         """Grandchildren are reaped by init; until then they may hold locks and files."""
         deadline = time.monotonic() + END_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
-                os.killpg(self._process.pid, 0)
+                os.killpg(self._group, 0)
             except ProcessLookupError:
                 return
-            if not any(_in_group(process, self._process.pid) for process in psutil.process_iter(["status"])):
+            if not any(_in_group(process, self._group) for process in psutil.process_iter(["status"])):
                 return
             time.sleep(0.02)
-        raise EngineError(f"processes of group {self._process.pid} outlived SIGKILL")
+        raise EngineError(f"processes of group {self._group} outlived SIGKILL")
 
     def __enter__(self) -> "VllmProcess":
         return self
@@ -253,7 +313,7 @@ class VllmProcess:
 
     def processes(self) -> list[psutil.Process]:
         """The front end first, then the engine core, workers and helpers."""
-        parent = psutil.Process(self._process.pid)
+        parent = psutil.Process(self._group)
         return [parent, *parent.children(recursive=True)]
 
     def log_text(self) -> str:
@@ -281,11 +341,11 @@ class VllmProcess:
     def _send(self, message: dict) -> None:
         line = json.dumps(message).encode() + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):  # the reader reports why the child has gone
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
+            self._questions.write(line)
+            self._questions.flush()
 
     def _read_answers(self) -> None:
-        for line in self._process.stdout:
+        for line in self._answers:
             message = json.loads(line)
             with self._lock:
                 future = self._waiting.pop(message["id"])

@@ -112,7 +112,7 @@ class Baseline:
         key = (model, *options.items())
         if key not in self._engines:
             log = self._logs / f"baseline-{len(self._engines)}.log"
-            self._engines[key] = VllmProcess(self._model(model), log=log, **{**self.ENGINE, **options})
+            self._engines[key] = VllmProcess(self._model(model), log=log, shares_cores=True, **{**self.ENGINE, **options})
         return self._engines[key]
 
 
@@ -130,7 +130,7 @@ def start(model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[...
 
     def start(name: str, connector_config: dict | None = None, **options) -> VllmProcess:
         log = tmp_path / f"vllm-{len(engines)}.log"
-        engines.append(VllmProcess(model(name), connector_config, log=log, **options))
+        engines.append(VllmProcess(model(name), connector_config, log=log, shares_cores=True, **options))
         return engines[-1]
 
     yield start
