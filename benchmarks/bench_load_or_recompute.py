@@ -36,15 +36,11 @@ from kvoffload.estimates import Why  # noqa: E402
 from kvoffload.layout import slot_bytes  # noqa: E402
 from tests.engine.faulty import FaultPlan, environment  # noqa: E402
 
-BLOCK_TOKENS, BLOCK_BYTES = 32, 2**19  # of the model "llama"
+BLOCK_TOKENS, BLOCK_BYTES = 32, 2**19  # of the model "wide-llama"
 POOL = {"num_gpu_blocks_override": 320, "max_model_len": 4352}
 SSD_GB = 6.0
-SETTLE_S, WARM_UPS = 60, 3
+SETTLE_S = 60
 PROBE = Why.PROBE.value
-# After a prompt, awake: to end what the answer began. For a second after each step vLLM's processes ask one another for work,
-# which takes a core (a prompt of 256 tokens takes 0.14 s beside that, 0.09 s later). So no engine is asked twice in a row: when it
-# is asked again, another has rested meanwhile, and it has long been silent.
-REST_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,22 +57,28 @@ class Shape:
     tokens: tuple[int, ...] = (256, 1024, 4096)
     hits: tuple[int, ...] = (0, 50, 100)  # percent
     speeds: tuple[Speed, ...] = SPEEDS
+    warm_ups: int = 3
+    # After a prompt, awake: to end what the answer began. For a second after each step vLLM's processes ask one another for work,
+    # which takes a core (a prompt of 256 tokens takes 0.14 s beside that, 0.09 s later). So no engine is asked twice in a row: when
+    # it is asked again, another has rested meanwhile, and it has long been silent.
+    rest_s: float = 1.0
 
 
-QUICK = Shape((256,), (0, 100), (SPEEDS[0], SPEEDS[3]))
+QUICK = Shape((256,), (0, 100), (SPEEDS[0], SPEEDS[3]), warm_ups=1, rest_s=0.1)
 
 
 @dataclass
 class Contender:
     name: str
     engine: VllmProcess
+    rest_s: float
     params: dict[str, str] | None = None
 
     def ask(self, prompt: list[int]) -> float:
         with self.engine.awake():
             self.engine.reset_gpu_prefix_cache()
             (answer,) = self.engine.generate([prompt], 1, kv_transfer_params=self.params)
-            time.sleep(REST_S)
+            time.sleep(self.rest_s)
         assert answer.ttft_s is not None
         return answer.ttft_s
 
@@ -150,8 +152,8 @@ def set_speed(plan: FaultPlan, speed: Speed, read_s: float) -> None:
             kind.throttle((speed.slower - 1) * read_s)
 
 
-def start(stack: ExitStack, folder: Path, plan: FaultPlan) -> list[Contender]:
-    model = make("llama", ROOT / "build" / "models")
+def start(stack: ExitStack, folder: Path, plan: FaultPlan, rest_s: float) -> list[Contender]:
+    model = make("wide-llama", ROOT / "build" / "models")
 
     def engine(name: str, settings: dict | None) -> VllmProcess:
         made = VllmProcess(model, settings, env=environment(plan), log=folder / f"{name}.log", **POOL)
@@ -165,11 +167,11 @@ def start(stack: ExitStack, folder: Path, plan: FaultPlan) -> list[Contender]:
 
     always, decides = offloading("always"), offloading("decides")
     return [
-        Contender(report.WITHOUT, engine("without", None)),
-        Contender(report.WITHOUT, engine("without too", None)),
-        Contender(report.ALWAYS, always, {"kvoffload": "load"}),
-        Contender(report.RECOMPUTES, decides, {"kvoffload": "recompute"}),
-        Contender(report.DECIDES, decides),
+        Contender(report.WITHOUT, engine("without", None), rest_s),
+        Contender(report.WITHOUT, engine("without too", None), rest_s),
+        Contender(report.ALWAYS, always, rest_s, {"kvoffload": "load"}),
+        Contender(report.RECOMPUTES, decides, rest_s, {"kvoffload": "recompute"}),
+        Contender(report.DECIDES, decides, rest_s),
     ]
 
 
@@ -192,7 +194,7 @@ def warm_up(contenders: list[Contender], prompts: Prompts, shape: Shape) -> None
             contender.ask(prompts.kept[tokens])
         if contender.name != report.WITHOUT:
             contender.settle()
-        for _ in range(WARM_UPS):
+        for _ in range(shape.warm_ups):
             contender.ask(prompts.fresh(max(shape.tokens)))
             contender.ask(prompts.kept[max(shape.tokens)])
 
@@ -203,7 +205,7 @@ def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[re
     with ExitStack() as stack:
         plan = stack.enter_context(FaultPlan(folder / "plan"))
         read_s = block_read_s(folder)
-        contenders = start(stack, folder, plan)
+        contenders = start(stack, folder, plan, shape.rest_s)
         warm_up(contenders, prompts, shape)
         before = contenders[-1].decisions()
         for speed in shape.speeds:

@@ -68,7 +68,7 @@ def offloading(model: Path, folder: Path, times: Path) -> VllmProcess:
 
 def measure(folder: Path, rounds: int, prompts: int, tokens: int, seed: int) -> Found:
     rng = random.Random(seed)
-    model = make("llama", ROOT / "build" / "models")
+    model = make("wide-llama", ROOT / "build" / "models")
     times = folder / "call_times"
     switch = Switch(times)
     with VllmProcess(model, None, **POOL) as without, offloading(model, folder, times) as offloads:

@@ -49,7 +49,7 @@ class Phase:
 
 class Demo:
     def __init__(self, nvme_path: Path, seed: int):
-        self.model = make("llama", BUILD / "models")
+        self.model = make("wide-llama", BUILD / "models")
         self.config = {"nvme_path": str(nvme_path), "dram_kv_offload_gb": DRAM_GB, "ssd_kv_offload_gb": SSD_GB}
         self.random = random.Random(seed)
         self.prompt = self.other_prompt()

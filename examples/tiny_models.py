@@ -53,13 +53,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=POSITIONS, chat_template=CHAT, **SPECIAL)
 
 
-def llama() -> PreTrainedModel:
-    """8 layers of 4 KV heads: in float32 a block of 32 tokens is 0.5 MB."""
+def llama(hidden_size: int = 256, intermediate_size: int = 512) -> PreTrainedModel:
+    """8 layers of 4 KV heads: in float32 a block of 32 tokens is 0.5 MB. To compute it takes little."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=8,
+        head_dim=64,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=POSITIONS,
@@ -69,6 +70,11 @@ def llama() -> PreTrainedModel:
         dtype=torch.float32,
     )
     return LlamaForCausalLM(config)
+
+
+def wide_llama() -> PreTrainedModel:
+    """As much KV, and several times as much to compute."""
+    return llama(512, 1408)
 
 
 def gemma() -> PreTrainedModel:
@@ -94,7 +100,7 @@ def gemma() -> PreTrainedModel:
     return Gemma3ForCausalLM(config)
 
 
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "gemma": gemma}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "wide-llama": wide_llama, "gemma": gemma}
 
 
 LORA_RANK = 8
@@ -111,7 +117,7 @@ def make_lora(directory: Path, seed: int = SEED) -> Path:
     for layer in range(8):
         name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
         weights[f"{name}.lora_A.weight"] = 0.1 * torch.randn(LORA_RANK, 512, generator=random)
-        weights[f"{name}.lora_B.weight"] = 0.1 * torch.randn(512, LORA_RANK, generator=random)
+        weights[f"{name}.lora_B.weight"] = 0.1 * torch.randn(256, LORA_RANK, generator=random)
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
