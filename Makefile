@@ -20,8 +20,8 @@ demo: setup ## serve a small model with vLLM + kvoffload; show what each tier sa
 wheel: ## one wheel for every Python from 3.11 on, liburing inside, in dist/ (needs no vLLM)
 	@$(PYTHON) tools/bootstrap.py wheel dist
 
-# Two processes: an engine's start is one core's work for half a minute, and most of the time of the whole.
-test: setup ## every test, a real vLLM included (up to 20 minutes on 2 cores)
+# Two processes: most of what a test of a real vLLM does is one core's work.
+test: setup ## every test, a real vLLM included (up to 15 minutes on 2 cores)
 	@$(BIN)/python tools/run_tests.py -n 2 --dist loadfile $(ARGS)
 
 fast: setup ## the tests that start no vLLM

@@ -19,11 +19,17 @@ TIERS = ["--dram-kv-offload-gb", 0.06, "--ssd-kv-offload-gb", 0.3]
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
+def life(model, tmp_path_factory):
+    """`life()` is a server, each over the cache that the one before left."""
     folder = tmp_path_factory.mktemp("served")
     lora = ["--enable-lora", "--max-lora-rank", LORA_RANK, "--lora-modules", f"lora={make_lora(BUILD / 'models')}"]
     flags = ["--nvme_path", folder, *TIERS, *POOL, *lora]
-    with served(model("llama"), folder / "log", *flags, env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}) as made:
+    return lambda: served(model("llama"), folder / "log", *flags, env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+
+
+@pytest.fixture(scope="module")
+def server(life):
+    with life() as made:
         yield made
 
 
@@ -89,17 +95,14 @@ def test_a_served_model_answers_from_the_cache_and_its_metrics_say_so(server, pr
     assert {exported_name(name) for name in sums if not name.endswith("_created")} <= set(METRICS)
 
 
-def test_sigterm_ends_it_in_order_and_a_second_life_hits_what_the_first_stored(model, tmp_path, prompts):
+def test_sigterm_ends_it_in_order_and_a_second_life_hits_what_the_first_stored(server, life, prompts):
+    """The last one: it ends the server of those before."""
     prompt = prompts.one(PROMPT)
-    flags = ["--nvme-path", tmp_path, "--ssd-kv-offload-gb", 0.3, *POOL]
-    answers, hits = [], []
-    for resume in ("--resume-kv-cache", "--resume-kv-cache", "--no-resume-kv-cache"):
-        with served(model("llama"), tmp_path / "log", *flags, resume) as server:
-            answers.append(server.answer(NAME, prompt, kv_transfer_params={"kvoffload": "load"}))
-            server.complete(NAME, prompts.one(PROMPT))  # its steps bring the first one's blocks to the SSD
-            hits.append(server.scrape()["kvoffload_hit_blocks_total"])
-            server.process.send_signal(signal.SIGTERM)
-            server.process.wait(PATIENCE_S)
-            assert server.process.returncode in (0, -signal.SIGTERM), server.process.returncode
-    assert answers[0] == answers[1] and answers[0] == answers[2]
-    assert hits[0] == 0 and hits[1] > 0 and hits[2] == 0
+    first = server.answer(NAME, prompt)
+    server.complete(NAME, prompts.one(PROMPT))  # its steps bring the first one's blocks to the SSD
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(PATIENCE_S)
+    assert server.process.returncode in (0, -signal.SIGTERM), server.process.returncode
+    with life() as second:
+        assert second.answer(NAME, prompt, kv_transfer_params={"kvoffload": "load"}) == first
+        assert second.scrape()["kvoffload_hit_blocks_total"] > 0
