@@ -64,6 +64,7 @@ class Shape:
     rest_s: float = 1.0
 
 
+# Too short a rest for its figures to mean anything.
 QUICK = Shape((256,), (0, 100), (SPEEDS[0], SPEEDS[3]), warm_ups=1, rest_s=0.1)
 
 

@@ -2,7 +2,7 @@
 
 They answer nonsense, but exactly the same nonsense for the same prompt, which is what a test of a KV cache needs.
 Queries and keys are larger than usual in a fresh model: attention then looks at particular tokens instead of averaging
-over all of them, and a wrong block anywhere in a prompt changes the tokens that follow.
+over all of them, and a wrong block anywhere in a prompt changes the tokens that follow (tests/test_tiny_models.py).
 
     python examples/tiny_models.py [directory]
 """
@@ -34,6 +34,8 @@ SEED = 20260101
 VOCABULARY = 1024
 POSITIONS = 16384
 SLIDING_WINDOW = 128
+QUERY_STD = 0.06 * 512  # of weights of queries and keys, times the hidden size: the narrower, the more it takes
+HIDDEN, LAYERS, HEADS, HEAD_DIM = 256, 8, 8, 64  # of the model "llama"
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"  # any English text does for training the tokenizer
@@ -53,15 +55,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=POSITIONS, chat_template=CHAT, **SPECIAL)
 
 
-def llama(hidden_size: int = 256, intermediate_size: int = 512) -> PreTrainedModel:
+def llama(hidden_size: int = HIDDEN, intermediate_size: int = 512) -> PreTrainedModel:
     """8 layers of 4 KV heads: in float32 a block of 32 tokens is 0.5 MB. To compute it takes little."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        num_hidden_layers=8,
-        head_dim=64,
-        num_attention_heads=8,
+        num_hidden_layers=LAYERS,
+        head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
         num_key_value_heads=4,
         max_position_embeddings=POSITIONS,
         bos_token_id=0,
@@ -114,10 +116,10 @@ def make_lora(directory: Path, seed: int = SEED) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
     random = torch.Generator().manual_seed(seed)
     weights = {}
-    for layer in range(8):
+    for layer in range(LAYERS):
         name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
-        weights[f"{name}.lora_A.weight"] = 0.1 * torch.randn(LORA_RANK, 512, generator=random)
-        weights[f"{name}.lora_B.weight"] = 0.1 * torch.randn(256, LORA_RANK, generator=random)
+        weights[f"{name}.lora_A.weight"] = 0.1 * torch.randn(LORA_RANK, HEADS * HEAD_DIM, generator=random)
+        weights[f"{name}.lora_B.weight"] = 0.1 * torch.randn(HIDDEN, LORA_RANK, generator=random)
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
@@ -143,7 +145,7 @@ def _make_once(name: str, folder: Path, seed: int, recipe: str) -> None:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "q_proj" in parameter_name or "k_proj" in parameter_name:
-                parameter.normal_(std=0.06)
+                parameter.normal_(std=QUERY_STD / parameter.shape[1])
             if "q_norm" in parameter_name or "k_norm" in parameter_name:
                 parameter.fill_(0.5)  # Gemma normalises queries and keys, then multiplies by 1 + this
     model.save_pretrained(folder)

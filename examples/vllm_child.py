@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+from typing import TextIO
 
 import prometheus_client
 from vllm import SamplingParams
@@ -22,7 +23,6 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-ENVIRONMENT_BYTES = 2**17
 SHORT_SPIN_S = 0.002
 
 
@@ -114,18 +114,16 @@ def margin(candidates: dict) -> float:
     return first - second
 
 
-async def serve(questions: int, answers: int) -> None:
-    # The parent ends us by closing the pipe, or by dying: both end the loop.
-    with open(questions) as lines:
-        first = json.loads(lines.readline())
-        if first["shares_cores"]:
-            sleep_between_messages()
-        started = time.perf_counter()
-        child = Child(first["engine_args"], answers)
-        child.answer(id=0, result={"start_s": time.perf_counter() - started})
-        loop = asyncio.get_running_loop()
-        while line := await loop.run_in_executor(None, lines.readline):
-            child.start(**json.loads(line))
+async def serve(first: dict, questions: TextIO, answers: int) -> None:
+    if first["shares_cores"]:
+        sleep_between_messages()
+    started = time.perf_counter()
+    child = Child(first["engine_args"], answers)
+    child.answer(id=0, result={"start_s": time.perf_counter() - started})
+    loop = asyncio.get_running_loop()
+    # The parent ends us by closing the pipe, or by dying: both end this loop.
+    while line := await loop.run_in_executor(None, questions.readline):
+        child.start(**json.loads(line))
     for task in child.tasks:
         task.cancel()
     child.llm.shutdown(timeout=60)
@@ -138,21 +136,34 @@ def fork_instead_of_spawning() -> None:
 
 
 def sleep_between_messages() -> None:
-    """For a second after each message vLLM's processes ask for the next one all the time, which takes a core."""
+    """For a second after each message vLLM's processes ask for the next one all the time, which takes a core. Those that come one
+    after the other while a prompt is computed still find them awake."""
     SpinCondition.__init__.__defaults__ = (SHORT_SPIN_S,)
 
 
-def become_engine(environment: dict[str, str], questions: int, answers: int, log: int) -> None:
+def become_engine(parent: socket.socket, questions: int, answers: int, log: int) -> None:
     """What a new process would have from its parent: a process group, a log and an environment of its own."""
     os.setsid()
     os.dup2(log, 1)  # whatever vLLM or its workers print
     os.dup2(log, 2)
     os.close(log)
-    for variable in os.environ.keys() - environment.keys():
-        del os.environ[variable]
-    for variable, _ in environment.items() - os.environ.items():  # others stay where setproctitle looks for them
-        os.environ[variable] = environment[variable]
-    os.register_at_fork(after_in_child=lambda: os.close(answers))  # the pipe ends with this process
+    with parent:
+        parent.send(str(os.getpid()).encode())
+    front_end = os.getpid()
+
+    def close_answers() -> None:
+        if os.getppid() == front_end:  # those that it forks have something else under this number when they fork
+            os.close(answers)
+
+    os.register_at_fork(after_in_child=close_answers)  # the pipe ends with this process
+    with open(questions) as lines:
+        first = json.loads(lines.readline())
+        environment = first["environment"]
+        for variable in os.environ.keys() - environment.keys():
+            del os.environ[variable]
+        for variable, value in environment.items() - os.environ.items():  # the others stay where setproctitle looks for them
+            os.environ[variable] = value
+        asyncio.run(serve(first, lines, answers))
 
 
 def main() -> None:
@@ -160,15 +171,14 @@ def main() -> None:
     gc.freeze()  # collecting would write to pages that are shared
     parent = socket.socket(fileno=int(sys.argv[1]))
     while True:
-        environment, files, *_ = socket.recv_fds(parent, ENVIRONMENT_BYTES, 3)
-        if not environment:
+        asked, files, *_ = socket.recv_fds(parent, 1, 3)
+        if not asked:
             return
+        for file in files:
+            os.set_inheritable(file, False)
         # Engines that ended are not waited for: until this process ends, their numbers are given to nobody else.
         if os.fork() == 0:
-            become_engine(json.loads(environment), *files)
-            parent.send(str(os.getpid()).encode())
-            parent.close()
-            asyncio.run(serve(*files[:2]))
+            become_engine(parent, *files)
             return
         for file in files:
             os.close(file)

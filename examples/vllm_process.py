@@ -128,11 +128,17 @@ class Zygote:
             )
         atexit.register(self._close)
 
-    def fork(self, environment: dict[str, str], questions: int, answers: int, log: int) -> int:
-        """The number of an engine's first process, which is that of its process group. ConnectionError: vLLM cannot be imported."""
+    def fork(self, questions: int, answers: int, log: int) -> int:
+        """The number of an engine's first process, which is that of its process group. OSError: vLLM cannot be imported, or not in
+        START_TIMEOUT_S; then this process is at its end."""
+        number = b""
         with self._lock:
-            socket.send_fds(self._socket, [json.dumps(environment).encode()], [questions, answers, log])
-            number = self._socket.recv(32)
+            try:
+                socket.send_fds(self._socket, [b"f"], [questions, answers, log])
+                number = self._socket.recv(32)
+            finally:
+                if not number:  # else the next one would be told the number of this one
+                    self._close()
         if not number:
             raise ConnectionError
         return int(number)
@@ -143,18 +149,20 @@ class Zygote:
     def _close(self) -> None:
         """What it forked lives on."""
         self._socket.close()
+        self._process.kill()
         self._process.wait()
 
 
-# What a process reads from its environment when it starts, or vLLM when it is imported.
-READ_AT_START = ("LD_", "MALLOC_", "OMP_", "PYTHON", "VLLM_LOGGING_")
-zygotes: dict[frozenset, Zygote] = {}  # by what of their environment is read at start
+# What an engine reads from its environment only after vLLM is imported. The rest, which many read when they are loaded, must be as
+# it is where vLLM was.
+READ_LATE = ("KVO", "PYTEST_", "VLLM_CPU_")
+zygotes: dict[frozenset, Zygote] = {}  # by the rest of their environments
 zygotes_lock = threading.Lock()
 
 
 def zygote(environment: dict[str, str], log: BinaryIO) -> Zygote:
     """One for engines with this environment. The log of the first of them is its log, too."""
-    key = frozenset(variable for variable in environment.items() if variable[0].startswith(READ_AT_START))
+    key = frozenset(variable for variable in environment.items() if not variable[0].startswith(READ_LATE))
     with zygotes_lock:
         if key not in zygotes or zygotes[key].has_ended():
             zygotes[key] = Zygote(environment, log)
@@ -189,23 +197,27 @@ class VllmProcess:
     # Life
 
     def _start(self) -> None:
-        questions, ask = os.pipe()
-        answer, answers = os.pipe()
-        self._questions, self._answers = open(ask, "wb"), open(answer, "rb")
-        with self.log.open("wb") as log:
+        their_questions, our_questions = os.pipe()
+        our_answers, their_answers = os.pipe()
+        self._questions, self._answers = open(our_questions, "wb"), open(our_answers, "rb")
+        self.log.write_bytes(b"")
+        with self.log.open("ab") as log:  # appending, for what its zygote says later goes there, too
             try:
-                self._group = zygote(self._env, log).fork(self._env, questions, answers, log.fileno())
+                self._group = zygote(self._env, log).fork(their_questions, their_answers, log.fileno())
             except OSError:
                 self._ended = True
-                raise EngineError("\n".join(self.error_sentences()) or f"vLLM cannot be imported, see {self.log}") from None
+                self._questions.close()
+                self._answers.close()
+                late = f"vLLM cannot be imported within {START_TIMEOUT_S} s, see {self.log}"
+                raise EngineError("\n".join(self.error_sentences()) or late) from None
             finally:
-                os.close(questions)
-                os.close(answers)
+                os.close(their_questions)
+                os.close(their_answers)
         atexit.register(self.kill9)
         started = self._waiting[0] = Future()
         self._reader = threading.Thread(target=self._read_answers, daemon=True)
         self._reader.start()
-        self._send({"engine_args": self.engine_args, "shares_cores": self._shares_cores})
+        self._send({"environment": self._env, "engine_args": self.engine_args, "shares_cores": self._shares_cores})
         try:
             self.start_s = started.result(START_TIMEOUT_S)["start_s"]
         except TimeoutError:
@@ -235,7 +247,9 @@ class VllmProcess:
         atexit.unregister(self.kill9)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._group, signal.SIGKILL)
-        self._reader.join()
+        self._reader.join(END_TIMEOUT_S)
+        if self._reader.is_alive():
+            raise EngineError(f"processes of group {self._group} outlived SIGKILL")
         with contextlib.suppress(BrokenPipeError):
             self._questions.close()
         self._answers.close()

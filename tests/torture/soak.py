@@ -103,7 +103,7 @@ class Soak:
         self.random = random.Random(seed)
         self.nvme = folder / "nvme"
         self.nvme.mkdir(parents=True)
-        self.model = make("llama", ROOT / "build" / "models")
+        self.model = make("wide-llama", ROOT / "build" / "models")
         heads = [self.tokens(self.random.randrange(1, PROMPT_BLOCKS - 4) * BLOCK) for _ in range(SHARED)]
         self.prompts = [self.prompt(heads) for _ in range(PROMPTS)]
         self.known: dict[tuple[int, int], list[int]] = {}  # by namespace and prompt: its answer
