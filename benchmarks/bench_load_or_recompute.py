@@ -72,14 +72,13 @@ QUICK = Shape((256,), (0, 100), (SPEEDS[0], SPEEDS[3]), warm_ups=1, rest_s=0.1)
 class Contender:
     name: str
     engine: VllmProcess
-    rest_s: float
     params: dict[str, str] | None = None
 
-    def ask(self, prompt: list[int]) -> float:
+    def ask(self, prompt: list[int], rest_s: float) -> float:
         with self.engine.awake():
             self.engine.reset_gpu_prefix_cache()
             (answer,) = self.engine.generate([prompt], 1, kv_transfer_params=self.params)
-            time.sleep(self.rest_s)
+            time.sleep(rest_s)
         assert answer.ttft_s is not None
         return answer.ttft_s
 
@@ -153,7 +152,7 @@ def set_speed(plan: FaultPlan, speed: Speed, read_s: float) -> None:
             kind.throttle((speed.slower - 1) * read_s)
 
 
-def start(stack: ExitStack, folder: Path, plan: FaultPlan, rest_s: float) -> list[Contender]:
+def start(stack: ExitStack, folder: Path, plan: FaultPlan) -> list[Contender]:
     model = make("wide-llama", ROOT / "build" / "models")
 
     def engine(name: str, settings: dict | None) -> VllmProcess:
@@ -168,11 +167,11 @@ def start(stack: ExitStack, folder: Path, plan: FaultPlan, rest_s: float) -> lis
 
     always, decides = offloading("always"), offloading("decides")
     return [
-        Contender(report.WITHOUT, engine("without", None), rest_s),
-        Contender(report.WITHOUT, engine("without too", None), rest_s),
-        Contender(report.ALWAYS, always, rest_s, {"kvoffload": "load"}),
-        Contender(report.RECOMPUTES, decides, rest_s, {"kvoffload": "recompute"}),
-        Contender(report.DECIDES, decides, rest_s),
+        Contender(report.WITHOUT, engine("without", None)),
+        Contender(report.WITHOUT, engine("without too", None)),
+        Contender(report.ALWAYS, always, {"kvoffload": "load"}),
+        Contender(report.RECOMPUTES, decides, {"kvoffload": "recompute"}),
+        Contender(report.DECIDES, decides),
     ]
 
 
@@ -192,12 +191,12 @@ def warm_up(contenders: list[Contender], prompts: Prompts, shape: Shape) -> None
         if contender.name == report.RECOMPUTES:
             continue  # its engine is the one that decides
         for tokens in shape.tokens:
-            contender.ask(prompts.kept[tokens])
+            contender.ask(prompts.kept[tokens], shape.rest_s)
         if contender.name != report.WITHOUT:
             contender.settle()
         for _ in range(shape.warm_ups):
-            contender.ask(prompts.fresh(max(shape.tokens)))
-            contender.ask(prompts.kept[max(shape.tokens)])
+            contender.ask(prompts.fresh(max(shape.tokens)), shape.rest_s)
+            contender.ask(prompts.kept[max(shape.tokens)], shape.rest_s)
 
 
 def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[report.Cell], dict[str, object]]:
@@ -206,7 +205,7 @@ def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[re
     with ExitStack() as stack:
         plan = stack.enter_context(FaultPlan(folder / "plan"))
         read_s = block_read_s(folder)
-        contenders = start(stack, folder, plan, shape.rest_s)
+        contenders = start(stack, folder, plan)
         warm_up(contenders, prompts, shape)
         before = contenders[-1].decisions()
         for speed in shape.speeds:
@@ -217,7 +216,7 @@ def measure(folder: Path, shape: Shape, rounds: int, seed: int) -> tuple[list[re
                     probes = contenders[-1].probes()
                     for contender in turns(rng, contenders, last):
                         # Each its own: what an engine was asked before, under whatever name, it holds.
-                        cell.ttft_s[contender.name].append(contender.ask(prompts.of(tokens, hit)))
+                        cell.ttft_s[contender.name].append(contender.ask(prompts.of(tokens, hit), shape.rest_s))
                         last = contender.engine
                     cell.probes += contenders[-1].probes() > probes
                 print(f"{speed.name}, round {number + 1} of {rounds}", flush=True)

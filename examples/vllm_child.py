@@ -147,9 +147,9 @@ def become_engine(parent: socket.socket, questions: int, answers: int, log: int)
     os.dup2(log, 1)  # whatever vLLM or its workers print
     os.dup2(log, 2)
     os.close(log)
-    with parent:
-        parent.send(str(os.getpid()).encode())
     front_end = os.getpid()
+    with parent:
+        parent.send(str(front_end).encode())
 
     def close_answers() -> None:
         if os.getppid() == front_end:  # those that it forks have something else under this number when they fork

@@ -247,13 +247,11 @@ class VllmProcess:
         atexit.unregister(self.kill9)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._group, signal.SIGKILL)
-        self._reader.join(END_TIMEOUT_S)
-        if self._reader.is_alive():
-            raise EngineError(f"processes of group {self._group} outlived SIGKILL")
+        self._wait_for_group()
+        self._reader.join()
         with contextlib.suppress(BrokenPipeError):
             self._questions.close()
         self._answers.close()
-        self._wait_for_group()
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:

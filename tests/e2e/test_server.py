@@ -7,7 +7,7 @@ from openai import OpenAI
 from tiny_models import LORA_RANK, make_lora
 
 from kvoffload.metrics import METRICS
-from tests.e2e.conftest import BUILD
+from tests.e2e.conftest import BUILD, Right
 from tests.e2e.offload import PROMPT
 from tests.e2e.served import served
 from tests.monitoring.test_rules_and_dashboard import exported_name
@@ -20,11 +20,12 @@ TIERS = ["--dram-kv-offload-gb", 0.06, "--ssd-kv-offload-gb", 0.3]
 
 @pytest.fixture(scope="module")
 def life(model, tmp_path_factory):
-    """`life()` is a server, each over the cache that the one before left."""
+    """`life(flag, ..)` is a server, each over the cache that the one before left."""
     folder = tmp_path_factory.mktemp("served")
     lora = ["--enable-lora", "--max-lora-rank", LORA_RANK, "--lora-modules", f"lora={make_lora(BUILD / 'models')}"]
     flags = ["--nvme_path", folder, *TIERS, *POOL, *lora]
-    return lambda: served(model("llama"), folder / "log", *flags, env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    return lambda *more: served(model("llama"), folder / "log", *flags, *more, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +99,22 @@ def test_a_served_model_answers_from_the_cache_and_its_metrics_say_so(server, pr
 def test_sigterm_ends_it_in_order_and_a_second_life_hits_what_the_first_stored(server, life, prompts):
     """The last one: it ends the server of those before."""
     prompt = prompts.one(PROMPT)
-    first = server.answer(NAME, prompt)
-    server.complete(NAME, prompts.one(PROMPT))  # its steps bring the first one's blocks to the SSD
-    server.process.send_signal(signal.SIGTERM)
-    server.process.wait(PATIENCE_S)
-    assert server.process.returncode in (0, -signal.SIGTERM), server.process.returncode
-    with life() as second:
-        assert second.answer(NAME, prompt, kv_transfer_params={"kvoffload": "load"}) == first
-        assert second.scrape()["kvoffload_hit_blocks_total"] > 0
+
+    def lived(server) -> tuple[Right, float]:
+        """Its answer, and how many blocks hit meanwhile."""
+        before = server.scrape()["kvoffload_hit_blocks_total"]
+        answer = server.answer(NAME, prompt, kv_transfer_params={"kvoffload": "load"})
+        server.complete(NAME, prompts.one(PROMPT))  # its steps bring the first one's blocks to the SSD
+        hits = server.scrape()["kvoffload_hit_blocks_total"] - before
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(PATIENCE_S)
+        assert server.process.returncode in (0, -signal.SIGTERM), server.process.returncode
+        return answer, hits
+
+    lives = [lived(server)]
+    for resume in ("--resume-kv-cache", "--no-resume-kv-cache"):
+        with life(resume) as again:
+            lives.append(lived(again))
+    answers, hits = zip(*lives, strict=True)
+    assert answers[0] == answers[1] and answers[0] == answers[2]
+    assert hits[0] == 0 and hits[1] > 0 and hits[2] == 0
