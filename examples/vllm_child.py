@@ -104,8 +104,8 @@ class Child:
         families = prometheus_client.REGISTRY.collect()
         return [[sample.name, sample.labels, sample.value] for family in families for sample in family.samples]
 
-    async def op_reset_prefix_cache(self) -> bool:
-        return await self.llm.reset_prefix_cache()
+    async def op_reset_prefix_cache(self, **options) -> bool:
+        return await self.llm.reset_prefix_cache(**options)
 
 
 def margin(candidates: dict) -> float:

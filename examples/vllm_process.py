@@ -323,6 +323,10 @@ class VllmProcess:
                 raise EngineError("vLLM would not reset its prefix cache: blocks are still in use")
             time.sleep(0.05)
 
+    def reset_preempting(self) -> bool:
+        """Forget the prefixes in GPU memory, and have requests that are at work compute, or load, theirs again."""
+        return self._ask("reset_prefix_cache", reset_running_requests=True).result(ANSWER_TIMEOUT_S)
+
     def processes(self) -> list[psutil.Process]:
         """The front end first, then the engine core, workers and helpers."""
         parent = psutil.Process(self._group)

@@ -5,6 +5,7 @@ It adds failed loads that are recomputed instead of asserted, and our own traffi
 """
 
 import logging
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,10 @@ class KVOffloadConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         self._manager.note_step(scheduler_output)
-        meta = super().build_connector_meta(scheduler_output)
+        # vLLM may preempt all requests and let them load in one step (a reset), but believes that a preempted one has stores only.
+        told = copy(scheduler_output)
+        told.preempted_req_ids = (scheduler_output.preempted_req_ids or set()) - self._manager.begun_loads
+        meta = super().build_connector_meta(told)
         if self._overwrites_first:
             overwritten = set(scheduler_output.new_block_ids_to_zero or ())
             overwritten |= {copy.dst_block_id for copy in scheduler_output.kv_cache_block_copies or ()}

@@ -10,6 +10,8 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm.v1.request import RequestStatus
+
 from kvoffload.estimates import Decision, Estimates, Kind, Loading, Part, Why
 from kvoffload.metrics import OBSERVATIONS_MAX
 from kvoffload.types import LATE, Tier
@@ -201,7 +203,8 @@ class Decisions:
                 self._prefilling[new.req_id] = Prefilling(request, now, new.num_computed_tokens, tokens)
 
     def end_request(self, request: "Request") -> None:
-        if request.num_output_tokens:
+        """An embedding has no tokens: what has one only ends."""
+        if request.num_output_tokens or request.pooling_params is not None and request.status == RequestStatus.FINISHED_STOPPED:
             self._end_prefill(request.request_id, time.monotonic())
         self._prefilling.pop(request.request_id, None)
         self._requests.pop(request.request_id, None)
@@ -210,6 +213,11 @@ class Decisions:
         prefilling = self._prefilling.pop(name, None)
         if prefilling is not None:
             self._estimates.end_prefill(now - prefilling.begun, prefilling.tokens, prefilling.context)
+
+    def is_begun(self, name: str) -> bool:
+        """Whether the request has KV: computed, loaded, or about to be. A preempted one has none."""
+        request = self._requests.get(name)
+        return request is not None and request.num_computed_tokens > 0
 
     @property
     def has_requests(self) -> bool:

@@ -94,6 +94,7 @@ class ManagerAdapter(OffloadingManager):
         self._salts: dict[str, bytes | None] = {}  # of requests announced but not yet seen by vLLM's scheduler half
         self._lora_salts = LoraSalts()
         self._contexts: dict[str, ReqContext] = {}  # of requests that have not ended
+        self.begun_loads: set[str] = set()  # the requests that loads of this step are for
         self._life = b""
         self._reported: dict[tuple[str, ...], float] = {}
         self._export_at = 0.0
@@ -288,6 +289,7 @@ class ManagerAdapter(OffloadingManager):
         for tier, blocks in tiers.items():
             self._core.counters["kvoffload_hit_blocks_total", tier.value] += blocks
         notes.transfer = next(self._transfers)
+        self.begun_loads.add(req_context.req_id)
         self._decisions.begin_load(notes.loads, tiers)
         self._loading.update(dict.fromkeys(own_keys, notes.loads))
         return SlotSpec.of(notes.transfer, placements, notes.loads.patience_s)
@@ -370,6 +372,9 @@ class ManagerAdapter(OffloadingManager):
         self._life = os.urandom(16)
         self._core.reset()
         self._decisions.forget_loads()
+        for name, context in self._contexts.items():
+            # vLLM offers it from its beginning again: what was computed before, and of windows what others have overwritten.
+            self._notes(context).has_hole |= self._decisions.is_begun(name)
 
     def shutdown(self) -> None:
         if self._store is not None:
@@ -402,6 +407,7 @@ class ManagerAdapter(OffloadingManager):
 
     def take_plan(self) -> TransferPlan:
         """What workers are to do beside vLLM's jobs of this step."""
+        self.begun_loads.clear()
         attach, self._attach = self._attach, ()
         return TransferPlan(attach=attach, demotions=tuple(self._core.plan()), probes=self._probes.take_plan())
 

@@ -178,3 +178,15 @@ def test_off_is_plain_vllm(serve, baseline, prompts):
     assert ask(off, asked) == baseline.tokens("llama", asked, TOKENS)
     assert not any(loaded(off)[source] for source in ("host", "disk"))
     assert off.metrics().sum("kvoffload_stored_blocks_total") == 0
+
+
+def test_a_request_preempted_by_a_reset_loads_what_it_had_and_the_engine_lives(serve, baseline, prompts):
+    """vLLM preempts it and lets it load again in one step, where a preempted request had only stores in all others."""
+    engine = serve("llama", {"dram_kv_offload_gb": 0.2})
+    (prompt,) = prompts.many(1, 10 * BLOCK)
+    (want,) = baseline.tokens("llama", [prompt], 300)
+    going_on = engine.submit(prompt, 300)
+    wait_until(lambda: engine.metrics().sum("kvoffload_stored_blocks_total") >= 10)
+    assert engine.reset_preempting() and not going_on.done()
+    assert engine.answer(going_on).tokens == want
+    assert engine.metrics().sum("kvoffload_hit_blocks_total") >= 9

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.kv_offload.base import Medium, TierFilter, TierMatcher
+from vllm.v1.request import RequestStatus
 
 from kvoffload.estimates import CONVINCED, PATIENCE_MIN_S, Probe
 from kvoffload.types import Tier, TransferReport
@@ -32,7 +33,7 @@ def clock(monkeypatch) -> Clock:
 def ask(name: str = "r", **params) -> SimpleNamespace:
     return SimpleNamespace(
         request_id=name, num_tokens=TOKENS, num_prompt_tokens=TOKENS, num_output_tokens=1, status=None,
-        kv_transfer_params=params or None,
+        kv_transfer_params=params or None, pooling_params=None,
     )
 
 
@@ -46,7 +47,9 @@ def computed(manager, clock: Clock, seconds: float, tokens: int = TOKENS) -> Non
 
 def begun(manager, tokens: int = TOKENS, context: int = 0) -> SimpleNamespace:
     """A prompt that is being computed from this step on."""
-    cold = SimpleNamespace(request_id="cold", num_output_tokens=0, status=None, lora_request=None)
+    cold = SimpleNamespace(
+        request_id="cold", num_output_tokens=0, status=None, lora_request=None, pooling_params=None, num_computed_tokens=0
+    )
     manager.announce(cold)
     manager.note_step(step([("cold", tokens, context)]))
     return cold
@@ -435,3 +438,13 @@ def test_a_load_that_failed_at_once_teaches_nothing_and_one_whose_copies_were_la
         manager.complete_load(keys, context)
         request(manager, "r", BLOCKS)
         assert manager.limit_load(ask(), 0, TOKENS) == is_late
+
+
+@pytest.mark.parametrize(("status", "learned"), [("FINISHED_STOPPED", True), ("FINISHED_ABORTED", False)])
+def test_what_an_embedding_took_to_compute_is_learned_when_it_ends_for_it_has_no_tokens(clock, status, learned):
+    manager = adapter()
+    pooled = begun(manager)
+    pooled.pooling_params, pooled.status = object(), getattr(RequestStatus, status)
+    clock.now += 2.0
+    manager.note_end(pooled)
+    assert (manager._decisions._estimates.prefill.seconds(TOKENS, 0) is not None) == learned

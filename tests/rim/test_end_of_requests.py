@@ -12,7 +12,9 @@ from tests.rim.test_manager import adapter, request, store
 def test_while_requests_go_on_metrics_are_gathered_now_and_then_and_all_of_them_when_the_last_one_ends(monkeypatch):
     manager, now = adapter(), 1000.0
     monkeypatch.setattr(f"{ManagerAdapter.__module__}.time.monotonic", lambda: now)
-    going_on = SimpleNamespace(request_id="r", num_output_tokens=0, num_prompt_tokens=0, num_tokens=0, status=None)
+    going_on = SimpleNamespace(
+        request_id="r", num_output_tokens=0, num_prompt_tokens=0, num_tokens=0, status=None, pooling_params=None
+    )
     manager.get_stats()
     manager._decisions.begin_request(going_on)
 
@@ -38,7 +40,8 @@ def test_policies_are_told_how_long_an_answer_was_if_the_request_got_all_of_it(m
     told = []
     monkeypatch.setattr(manager._core, "touch", lambda keys, owner, answer: told.append((list(keys), owner, answer)))
     ended = SimpleNamespace(
-        request_id="r", num_prompt_tokens=96, num_tokens=117, num_output_tokens=21, status=getattr(RequestStatus, status)
+        request_id="r", num_prompt_tokens=96, num_tokens=117, num_output_tokens=21,
+        status=getattr(RequestStatus, status), pooling_params=None,
     )
     manager.note_end(ended)
     manager.on_request_finished(context)

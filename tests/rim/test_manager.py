@@ -121,7 +121,9 @@ def test_a_block_that_ends_with_the_last_token_of_an_answer_is_not_stored(monkey
         monkeypatch.setattr(contract, "key_positions", lambda context: {key: place for place, key in enumerate(keys)})
     manager = adapter()
     context, keys = request(manager, "r", 6)
-    ended = SimpleNamespace(request_id="r", num_prompt_tokens=prompt_tokens, num_tokens=tokens, num_output_tokens=0, status=None)
+    ended = SimpleNamespace(
+        request_id="r", num_prompt_tokens=prompt_tokens, num_tokens=tokens, num_output_tokens=0, status=None, pooling_params=None
+    )
     manager.note_end(ended)
     assert store(manager, context, keys) == keys[:stored]
 
@@ -240,6 +242,19 @@ def test_what_was_noted_of_a_request_before_a_reset_is_forgotten():
     assert store(manager, context, keys[:4]) == keys[:4]
 
 
+@pytest.mark.parametrize(("computed", "stored"), [(96, 0), (0, 4)])
+def test_what_a_request_computed_before_a_reset_is_not_stored_after_it(computed, stored):
+    """vLLM offers it again from its beginning. A preempted request computes all of it anew."""
+    manager = adapter()
+    manager.announce(SimpleNamespace(request_id="r", lora_request=None, num_computed_tokens=computed, kv_transfer_params=None))
+    context, keys = request(manager, "r", 4)
+    store(manager, context, keys[:2])
+    manager.reset_cache()
+    assert len(store(manager, context, keys)) == stored
+    later, _ = request(manager, "later", 4)
+    assert hits(manager, later, keys) == [stored > 0] * 4
+
+
 def test_after_a_reset_blocks_are_kept_under_keys_no_other_process_asks_for():
     manager = adapter()
     context, keys = request(manager, "r", 2)
@@ -277,7 +292,7 @@ def test_where_vllm_may_be_given_other_weights_no_other_process_asks_for_what_is
 def test_a_request_whose_adapter_cannot_be_looked_at_is_computed_and_not_kept(monkeypatch):
     manager = adapter()
     monkeypatch.setattr(manager._lora_salts, "of", lambda _adapter: None)
-    manager.announce(SimpleNamespace(request_id="r", lora_request=object()))
+    manager.announce(SimpleNamespace(request_id="r", lora_request=object(), num_computed_tokens=0))
     context, keys = request(manager, "r", 2)
     for _ in range(2):
         assert store(manager, context, keys) == [] and not any(hits(manager, context, keys))
