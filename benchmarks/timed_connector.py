@@ -2,8 +2,7 @@
 through its module's path.
 
 vLLM waits for these calls, in its scheduler and in its workers; all else that kvoffload does is done by threads beside it.
-Every process writes what they took to `$KVOFFLOAD_CALL_TIMES.<role>.<pid>`: seconds and calls, by name. A call in which the process
-was stopped, as benchmarks do between turns, would count all that time: what takes longer than STOPPED_S is counted apart.
+Every process writes what they took to `$KVOFFLOAD_CALL_TIMES.<role>.<pid>`: seconds and calls, by name.
 
 Switched off, calls answer what a connector does that has nothing and wants nothing, so that one engine can be measured with and
 without kvoffload: two that are started alike differ by more than what it costs.
@@ -25,8 +24,6 @@ from kvoffload.vllm.connector import KVOffloadConnector
 
 VARIABLE = "KVOFFLOAD_CALL_TIMES"
 WRITE_EVERY_S = 0.5
-STOPPED_S = 0.5
-STOPPED = "stopped"
 CALLS = (
     *("on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "request_finished"),
     *("request_finished_all_groups", "build_connector_meta", "update_connector_output", "take_events", "has_pending_push_work"),
@@ -83,7 +80,7 @@ class Watch:
             return method(*args, **kwargs)
         finally:
             now = time.perf_counter()
-            taken = self._taken[name if now - begun < STOPPED_S else STOPPED]
+            taken = self._taken[name]
             taken[0] += now - begun
             taken[1] += 1
             self._inside = False
