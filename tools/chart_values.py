@@ -301,7 +301,13 @@ VALUES: dict[str, Any] = {
     "image": image("ghcr.io/kvoffload/kvoffload", "", "Image with kvoffload and vLLM.", "Or a digest; empty: the appVersion."),
     "imagePullSecrets": objects("Secrets for a private registry."),
     "deployment": {
-        "name": text("", "Name of the workload and all that belongs to it; empty: the release's.", maxLength=50, pattern=NAME),
+        "name": text(
+            "",
+            "Name of the workload and all that belongs to it; empty: RELEASE-kvoffload-inference, or the release's if that "
+            "says kvoffload-inference.",
+            maxLength=50,
+            pattern=NAME,
+        ),
         "replicas": whole(1, "Pods, each with GPUs and a cache of its own."),
         "kind": one_of(
             "", "Empty: StatefulSet where a pod must find its volume again, else Deployment.", "", "StatefulSet", "Deployment"

@@ -466,6 +466,9 @@ def test_the_pod_of_helm_test():
     assert found["metadata"]["annotations"]["helm.sh/hook"] == "test" and found["spec"]["activeDeadlineSeconds"] == 9
     (container,) = found["spec"]["containers"]
     assert follows(container["command"], "--push-out-tokens") == "7" and "--no-cache" not in container["command"]
+    placed = ci("host-path")
+    for key in ("nodeSelector", "tolerations", "affinity"):  # the image is where the server runs
+        assert render(placed).one("Pod")["spec"][key] == placed[key]
     assert "--no-cache" in render(ci("plain")).one("Pod")["spec"]["containers"][0]["command"]
     assert not rendered(test__enabled=False).all("Pod")
     assert json.dumps(found).count("privileged") == 0

@@ -32,6 +32,7 @@ CONTRADICTIONS = [
     (tree(vllm__args__ssdKvOffloadGb=5, vllm__args__ssdKVOffloadGb=6), "ssdKVOffloadGb is 6: they are one setting"),
     (tree(vllm__args__dramKvOffloadGb=0, vllm__args__dramKVOffloadGb=6), "dramKvOffloadGb is 0 and vllm.args.dramKVOffloadGb is 6"),
     (tree(vllm__args__ssdKvOffloadGb=-0.5), "-1 (what is free)"),
+    (tree(vllm__args__extraArgs=["--data-parallel-size=4"]), "name in resources.limits how many nvidia.com/gpu"),
     (tree(vllm__args__ssdKvOffloadGb=0, vllm__args__ssdAdmission="all"), "there is no SSD tier"),
     (tree(vllm__args__disableKvCache=True, vllm__args__ssdWriteGbPerDay=5), "there is no SSD tier"),
     (tree(vllm__args__port=9000, service__targetPort=8000), "service.targetPort is 8000 and vllm.args.port is 9000"),

@@ -14,6 +14,9 @@
 {{- $gpus := int .Values.vllm.args.tensorParallelSize -}}
 {{- $resources := default dict .Values.resources -}}
 {{- $parallel := regexMatch "(^| )(-dp|--data[-_]parallel[-_]size)" (join " " (default list .Values.vllm.args.extraArgs)) -}}
+{{- if and $parallel .Values.gpuResource (not .Values.resourceClaims) (not (include "kvo.gpus" (list . (default dict $resources.limits)))) -}}
+{{- fail (printf "vllm.args.extraArgs asks for data parallelism: name in resources.limits how many %s all its workers take" .Values.gpuResource) -}}
+{{- end -}}
 {{- range $which := list "requests" "limits" -}}
 {{- $named := include "kvo.gpus" (list $ (get $resources $which | default dict)) -}}
 {{- if and $named (ne $named (toString $gpus)) (not $parallel) -}}
