@@ -12,13 +12,14 @@ PACKAGE = ROOT / "kvoffload"
 VOCABULARY = {"types", "table", "layout", "errors", "garbage", "_rows"}
 SHARED = VOCABULARY | {"config", "slots", "metrics"}
 SCHEDULER_SIDE = {"manager", "admission", "books", "index", "ssd_rows", "drives", "breaker", "estimates", "policy", "store"}
-EVERYTHING = SHARED | SCHEDULER_SIDE | {"engine", "worker"}
+EVERYTHING = SHARED | SCHEDULER_SIDE | {"engine", "worker", "memory"}
 MAY_IMPORT = {
     "__init__": set(),
     "_rows": set(),  # the C extension
     "errors": set(),
     "garbage": set(),
     "layout": {"errors"},
+    "memory": set(),
     "types": {"errors", "layout"},
     "table": {"types"},
     "config": VOCABULARY,

@@ -1,6 +1,8 @@
 """`kvoffload`, the command."""
 
+import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -26,9 +28,22 @@ def about() -> None:
 
 
 def main() -> None:
-    """What users do wrong is one sentence and exit code 2, as typer does with a wrong option."""
+    """What users do wrong is one sentence and exit code 2, as typer does with a wrong option; what the system refuses is too."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name may have characters that the terminal's encoding has not
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
+        _refuse(error)
+    except OSError as error:  # of what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more to write what is left
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    if not isinstance(error, BrokenPipeError):  # of `| head`, who has seen enough
         print(f"kvoffload: {output.printable(error)}", file=sys.stderr)  # it may repeat what stands in a file
-        sys.exit(2)
+    sys.exit(2)

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from kvoffload.cli.passes import OPS_MAX, EngineRow, Place, Sample
 from kvoffload.errors import UserError
 from kvoffload.layout import ALIGNMENT, free_floor
 from kvoffload.store.directory import Directory, explained
+from kvoffload.store.namespace import ROOT
 from kvoffload.types import OpKind
 
 MEMORY_BYTES = 256 * 2**20  # of DRAM slots at most
@@ -70,12 +73,29 @@ def measure(path: str, slot_bytes: int, file_bytes: int, seconds: float) -> Figu
     return Figures(slot_bytes, slots * slot_bytes, write, read, notes)
 
 
+def check_usable(path: str) -> None:
+    """StoreError if no engine could keep a cache at the path, found by making a directory and a file as the store does."""
+    with explained(path), scratch(path) as folder, Directory.open(str(folder)) as parent:
+        with parent.child("directory", create=True) as directory:
+            os.close(directory.replace("file", [b"content"]))
+            directory.remove("file")
+        os.rmdir("directory", dir_fd=parent.fd)
+
+
 @contextlib.contextmanager
 def scratch(path: str) -> Iterator[Path]:
-    """A directory of ours below the path, gone with all that is in it when the context ends."""
-    with explained(path), Directory.open(path, only_look=True):  # refuses symlinks and other users' directories
+    """A directory of ours below the path, gone with all that is in it when the context ends.
+
+    StoreError where an engine could make none. It lies where an engine makes its own, for only that may be this user's.
+    Call from the main thread.
+    """
+    with explained(path), Directory.open(path, only_look=True) as parent:
+        with contextlib.suppress(FileNotFoundError), parent.child(ROOT) as root:
+            path = root.path
         folder = tempfile.mkdtemp(prefix=".kvoffload-measures-", dir=path)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by default nothing below would run
     try:
         yield Path(folder)
     finally:
         shutil.rmtree(folder)
+        signal.signal(signal.SIGTERM, before)

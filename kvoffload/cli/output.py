@@ -22,6 +22,8 @@ _SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 def absolute(paths: Sequence[str]) -> list[str]:
     """As the configuration has them: symlinks stay visible, so that the store can refuse them."""
+    if "" in paths:  # an unset variable of a script, which would be the working directory
+        raise UserError("a path is empty: name a directory")
     found = [os.path.abspath(path) for path in paths]
     for path in found:
         if found.count(path) > 1:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from kvoffload.cli.drive import Figures, measure, room, scratch
+from kvoffload.cli.drive import Figures, check_usable, measure, room, scratch
 from kvoffload.cli.finding import Finding, Level, ok
 from kvoffload.cli.output import amount
 from kvoffload.cli.passes import FINGERPRINT
@@ -12,7 +12,6 @@ from kvoffload.engine import Engine
 from kvoffload.engine.reference import pack_superblock
 from kvoffload.errors import UserError
 from kvoffload.store.digests import IN_MEMORY, file_system
-from kvoffload.store.directory import Directory, explained
 from kvoffload.store.namespace import ROOT
 from kvoffload.types import SlotFiles
 
@@ -24,14 +23,9 @@ SLOW_BYTES_PER_S = 10**9  # 8,000 such tokens a second: a GPU computes about tha
 
 
 def usable(path: str) -> Finding:
-    """By making a directory and a file as the store does."""
     name = f"{path}: use"
     try:
-        with explained(path), scratch(path) as folder, Directory.open(str(folder)) as parent:
-            with parent.child("directory", create=True) as directory:
-                os.close(directory.replace("file", [b"content"]))
-                directory.remove("file")
-            os.rmdir("directory", dir_fd=parent.fd)
+        check_usable(path)
     except UserError as error:
         what, _, remedy = str(error).rpartition(": ")
         return Finding(name, Level.FATAL, what, "an engine refuses to start with it", remedy)

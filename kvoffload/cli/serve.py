@@ -15,9 +15,9 @@ import typer
 import yaml
 from typer.core import TyperCommand
 
+from kvoffload.cli.drive import check_usable
 from kvoffload.config import AUTOMATIC, Config
 from kvoffload.errors import UserError
-from kvoffload.store.directory import Directory, explained
 from kvoffload.vllm import window
 
 # Not `vllm`, which only some builds of vLLM can run; -P, because a folder called vllm may lie in the working directory.
@@ -117,7 +117,8 @@ def serve(
     command = [*VLLM, *(with_connector(context.args, config) if config.enabled else context.args)]
     added = environment(os.environ) if config.enabled else {}
     if not config.enabled:
-        reason = "--disable-kv-cache is set" if disable_kv_cache else "give --nvme-path or --dram-kv-offload-gb to offload"
+        give = "give --ssd-kv-offload-gb more than 0" if nvme_path else "give --nvme-path or --dram-kv-offload-gb to offload"
+        reason = "--disable-kv-cache is set" if disable_kv_cache else give
         print(f"kvoffload: plain vLLM, nothing is offloaded: {reason}", file=sys.stderr)
     if dry_run:
         print(shlex.join([*(f"{name}={value}" for name, value in added.items()), *command]))
@@ -125,8 +126,7 @@ def serve(
     if find_spec("vllm") is None:
         raise UserError(f"vLLM is not installed for {sys.executable}: install it there with pip install vllm")
     for path in config.nvme_path if config.enabled else ():
-        with explained(path), Directory.open(path, only_look=True):
-            pass  # else the engine would say so, in a traceback, once the model is loaded
+        check_usable(path)  # else the engine would say so, in a traceback, once the model is loaded
     sys.stdout.flush()
     os.execvpe(command[0], command, os.environ | added)  # signals reach vLLM itself, and its exit code is the command's
 

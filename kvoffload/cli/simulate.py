@@ -1,5 +1,6 @@
 """`kvoffload simulate`: what tiers of a given size would have saved on a trace, for one policy or for all."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,8 @@ def simulate(
         raise UserError("--sweep takes all policies, its own sizes of the SSD tier, no DRAM and no budget; leave others out")
     if not sweep and not ssd_gb and restrained:
         raise UserError("--ssd-admission and --ssd-write-gb-per-day are about an SSD tier; give --ssd-gb")
+    if plot:
+        check_drawable(plot)
     requests = read(trace, limit)
     block_bytes = kv_bytes_per_token * requests.block_tokens
     if sweep:
@@ -120,11 +123,20 @@ def print_result(trace: Trace, result: Result, block_bytes: int) -> None:
     Console().print(table)
 
 
-def draw(rates: dict[str, list[float]], sizes_gb: list[float], file: Path) -> None:
+def check_drawable(file: Path) -> None:
+    """UserError if a plot could not be drawn there, as is better known before the sweep than after it."""
     try:
         from matplotlib.figure import Figure  # not at the top: users need it for this alone
     except ImportError as error:
         raise UserError("--plot needs matplotlib; pip install matplotlib") from error
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix.lower().removeprefix(".") not in known or not os.access(file.parent, os.W_OK):
+        raise UserError(f"{file} cannot be drawn; give a .png, .svg or .pdf in a directory that can be written")
+
+
+def draw(rates: dict[str, list[float]], sizes_gb: list[float], file: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5))
     axes = figure.add_subplot(xlabel="SSD tier, % of the trace's blocks, and in GB", ylabel="prefix-hit rate", xscale="log")
     for policy, row in rates.items():
@@ -133,5 +145,5 @@ def draw(rates: dict[str, list[float]], sizes_gb: list[float], file: Path) -> No
     axes.legend()
     try:
         figure.savefig(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be drawn ({error}); give a .png, .svg or .pdf in a directory that exists") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be drawn ({error}); draw it elsewhere") from error

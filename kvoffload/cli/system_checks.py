@@ -12,6 +12,7 @@ from kvoffload.cli.finding import Finding, Level, ok
 from kvoffload.cli.output import amount
 from kvoffload.engine import Engine
 from kvoffload.errors import ConfigError
+from kvoffload.memory import available_memory
 from kvoffload.types import EngineOptions
 from kvoffload.vllm import window
 
@@ -77,6 +78,11 @@ def memlock(release: str | None = None) -> Finding:
         return Finding(name, Level.NOTE, found, "nothing: this kernel does not count io_uring's memory as locked", "none needed")
     cost = "too little for io_uring's rings: files are read and written by threads"
     return Finding(name, Level.COSTS, found, cost, "ulimit -l unlimited, or docker run --ulimit memlock=-1")
+
+
+def memory() -> Finding:
+    there, whose = available_memory()
+    return ok("memory", f"{amount(there)}, which {whose}: for vLLM and the DRAM tier together")
 
 
 def huge_pages() -> Finding:
@@ -189,4 +195,4 @@ def plugin() -> Finding:
     return ok(name, "KVOffloadConnector is known by its name")
 
 
-CHECKS = (io_uring, seccomp, memlock, huge_pages, shared_memory, gpu, vllm, plugin)
+CHECKS = (io_uring, seccomp, memlock, memory, huge_pages, shared_memory, gpu, vllm, plugin)

@@ -21,7 +21,7 @@ DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 TEMPORARY_SUFFIX = ".tmp"
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_REFUSALS = (errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -29,6 +29,10 @@ def explain(path: str, error: OSError) -> StoreError:
     """The user's sentence for an operating system error met at `path`, or below it if the error says where."""
     if isinstance(error.filename, str) and os.path.isabs(error.filename):
         path = error.filename
+    if error.errno == errno.EROFS:  # as file systems become after errors of the drive
+        return StoreError(
+            f"{path} cannot be written ({error.strerror}): see the kernel's log for errors of the drive, and mount it to be written"
+        )
     if error.errno in _REFUSALS:
         return StoreError(
             f"{path} is not writable by uid {os.geteuid()} ({error.strerror}): change its permissions or name another nvme_path"

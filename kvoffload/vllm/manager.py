@@ -33,6 +33,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.estimates import Kind
 from kvoffload.layout import SLOTS_MIN, least_dram_bytes, slot_bytes
 from kvoffload.manager import BlockManager, NoJournal
+from kvoffload.memory import available_memory
 from kvoffload.metrics import OBSERVATIONS_MAX, zeros
 from kvoffload.store import DriveWear, Store
 from kvoffload.table import NO_BLOCKS
@@ -57,7 +58,7 @@ EXPORT_S = 0.25  # between metrics, while requests are at work: gathering them a
 
 
 def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
-    """ConfigError if the DRAM tier would be of no use, or is more than this machine has."""
+    """ConfigError if the DRAM tier would be of no use, or is more than there is."""
     asked = f"dram_kv_offload_gb={settings.dram_kv_offload_gb:g}"
     if slots < SLOTS_MIN:
         least = least_dram_bytes(geometry.payload_bytes, geometry.ranks) * geometry.engines
@@ -65,9 +66,9 @@ def check_dram(settings: Config, geometry: Geometry, slots: int) -> None:
             f"{asked} holds fewer than {SLOTS_MIN} blocks of this model: give it at least "
             f"{math.ceil(least / 1e6) / 1e3} GB, or 0 to turn the DRAM tier off"
         )
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if settings.dram_bytes > memory:
-        raise ConfigError(f"{asked} is more than the {memory / 1e9:.1f} GB of memory this machine has: lower it")
+    there, whose = available_memory()
+    if settings.dram_bytes > there:
+        raise ConfigError(f"{asked} is more than the {there / 1e9:.1f} GB of memory {whose}: lower it")
 
 
 def write_budget(settings: Config, geometry: Geometry) -> float | None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from kvoffload.cli import path_checks, system_checks
-from kvoffload.cli.drive import Figures
+from kvoffload.cli.drive import Figures, check_usable
 from kvoffload.cli.finding import Level
 from kvoffload.cli.passes import Sample
 from kvoffload.store.directory import Directory
 from kvoffload.vllm import window
 from tests.engine import fake_cuda
 from tests.engine.loop_device import small_file_system
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
+from tests.store.helpers import OTHER_UID, as_other_user
 
 ROOT = Path(__file__).resolve().parents[2]
 # Before the checks run, the process takes something from itself.
@@ -130,6 +132,34 @@ def test_a_path_that_cannot_be_used_is_fatal_and_nothing_more_is_asked_of_it(tmp
     assert finding.level is Level.FATAL and finding.remedy
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_cache_that_an_engine_could_not_open_is_fatal(tmp_path):
+    (tmp_path / "kvoffload").mkdir()
+    os.chown(tmp_path / "kvoffload", OTHER_UID, OTHER_UID)
+    (finding,) = path_checks.checked(str(tmp_path))
+    assert finding.level is Level.FATAL and "owned by another user" in finding.found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_path_in_which_only_the_cache_is_this_users_is_good(tmp_path):
+    (tmp_path / "kvoffload").mkdir(mode=0o700)
+    os.chown(tmp_path / "kvoffload", OTHER_UID, OTHER_UID)
+    for above in (tmp_path, *tmp_path.parents[:-1]):
+        above.chmod(above.stat().st_mode | 0o055)
+    assert as_other_user(lambda: check_usable(str(tmp_path))) == ""
+    assert list((tmp_path / "kvoffload").iterdir()) == []
+
+
+def test_a_doctor_that_is_told_to_go_leaves_nothing(tmp_path):
+    program = "from kvoffload.cli import main; main()"
+    command = [sys.executable, "-c", program, "doctor", "--nvme-path", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as running:
+        wait_until(lambda: any(tmp_path.iterdir()))
+        running.terminate()
+        assert running.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_drive_that_is_full_is_said_to_be_full_and_nothing_is_left_on_it(tmp_path, monkeypatch):
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,7 +201,7 @@ def test_the_command_says_all_and_fails_where_an_engine_could_not_start(kvoffloa
     assert done.code == 0 and "An engine can start here" in done.out and "io_uring" in done.out
     done = kvoffload("doctor", "--nvme-path", tmp_path, "--json")
     checks = [each["check"] for each in json.loads(done.out)]
-    assert done.code == 0 and len(checks) == 13 and f"{tmp_path}: drive" in checks
+    assert done.code == 0 and len(checks) == 14 and f"{tmp_path}: drive" in checks
     done = kvoffload("doctor", "--nvme-path", tmp_path / "nowhere", "--json")
     assert done.code == 1 and json.loads(done.out)[-1]["level"] == "fatal"
     monkeypatch.setattr(window, "installed", lambda: None)

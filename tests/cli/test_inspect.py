@@ -214,5 +214,6 @@ def test_a_mistake_is_one_sentence_and_leaves_no_directory(kvoffload, tmp_path, 
         done = kvoffload(command, tmp_path / path)
         assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
         assert says in done.err
+    assert "a path is empty" in kvoffload(command, "").err  # as of an unset variable, and not the working directory
     assert "more than once" in kvoffload(command, tmp_path / "empty", Path(f"{tmp_path}/x/../empty")).err
     assert snapshot(tmp_path) == before

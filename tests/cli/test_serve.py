@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -122,13 +123,19 @@ def test_offloading_switched_off_is_plain_vllm(serve, off):
 
 @pytest.mark.parametrize(
     "sizes",
-    [[], ["--dram-kv-offload-gb", 0, "--ssd-kv-offload-gb", 0], ["--nvme-path", "/nvme", "--ssd-kv-offload-gb", 0]],
+    [[], ["--dram-kv-offload-gb", 0, "--ssd-kv-offload-gb", 0]],
 )
 def test_no_sizes_is_plain_vllm_and_says_so(serve, sizes):
     done = serve("model", *sizes, "--kv-transfer-config", "{}")
     assert done.code == 0
     assert done.arguments == ["model", "--kv-transfer-config", "{}"]
     assert "give --nvme-path or --dram-kv-offload-gb" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_a_path_of_which_nothing_may_be_taken_is_plain_vllm_and_says_what_to_give(serve):
+    done = serve("model", "--nvme-path", "/nvme", "--ssd-kv-offload-gb", 0)
+    assert done.code == 0 and done.arguments == ["model"]
+    assert "give --ssd-kv-offload-gb more than 0" in done.err and len(done.err.splitlines()) == 1
 
 
 def test_a_path_without_a_size_takes_what_is_free(serve):
@@ -269,6 +276,13 @@ def test_a_path_that_no_engine_could_use_is_told_before_a_model_is_loaded(serve,
         done = serve("m", *flags, dry_run=False)
         assert done.code == 2 and says in done.err and len(done.err.splitlines()) == 1
         assert serve("m", *flags).code == 0  # the command may be for another machine
+    for name, make in (("file_in", Path.touch), ("link_in", lambda path: path.symlink_to(tmp_path))):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "kvoffload")
+        done = serve("m", "--nvme-path", tmp_path / name, dry_run=False)
+        assert done.code == 2 and "kvoffload is not a directory of kvoffload: remove it" in done.err
+        (tmp_path / name / "kvoffload").unlink()
+        (tmp_path / name).rmdir()
     assert not started
     assert serve("m", "--nvme-path", tmp_path, dry_run=False).code == 0 and started
     assert serve("m", "--nvme-path", tmp_path / "nowhere", "--disable-kv-cache", dry_run=False).code == 0

@@ -212,7 +212,8 @@ def test_a_sweep_draws_its_curves(tmp_path):
         ('{"hash_ids": [1]}', ["--sweep", "--ssd-gb", 1], "leave others out"),
         ('{"hash_ids": [1]}', ["--sweep", "--policy", "lru"], "leave others out"),
         ('{"hash_ids": [1]}', ["--sweep", "--ssd-admission", "second-touch"], "leave others out"),
-        ('{"hash_ids": [1]}', ["--sweep", "--plot", "no/such/x.png"], "cannot be drawn"),
+        (None, ["--sweep", "--plot", "no/such/x.png"], "cannot be drawn"),
+        (None, ["--sweep", "--plot", "x.xyz"], "cannot be drawn"),
     ],
 )
 def test_what_users_do_wrong_is_one_sentence(tmp_path, text, arguments, says):

@@ -1,5 +1,6 @@
 """What cannot be used is refused in one sentence that names the remedy, and nothing is destroyed."""
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import xxhash
 
 from kvoffload.errors import StoreError
+from kvoffload.store.directory import explain
 from tests.store.helpers import OTHER_UID, as_other_user, namespace_of, open_store, slot_file, write_blocks
 
 
@@ -50,6 +52,11 @@ def assert_refused_and_curable(path: Path, pattern: str) -> None:
 def test_a_missing_path(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no") == f"nvme_path {tmp_path}/no does not exist: create it or correct the path"
     assert not (tmp_path / "no").exists()
+
+
+def test_a_drive_that_became_read_only_is_no_matter_of_permissions() -> None:
+    said = str(explain("/nvme", OSError(errno.EROFS, os.strerror(errno.EROFS), "/nvme/kvoffload")))
+    assert said.startswith("/nvme/kvoffload cannot be written (Read-only file system): see the kernel's log")
 
 
 def test_a_path_that_is_a_file(tmp_path: Path) -> None:
